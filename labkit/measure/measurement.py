@@ -1,0 +1,110 @@
+"""One Measurement: accuracy, memory and latency of a model, side by side, each with how it was got."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality on one text. ``*_se`` is the standard error over the windows of that text (its error band)."""
+
+    perplexity: float
+    perplexity_se: float
+    tokens: int  # scored tokens
+    kl: float | None = None  # nats per token against the uncompressed model
+    kl_se: float | None = None
+    top1: float | None = None  # share of tokens whose most likely next token agrees, 0 to 1
+    top1_se: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are really held, never parameters times bits."""
+
+    weights: int  # all parameters and buffers, with the copies that a kernel's runtime keeps
+    linears: int  # the decoder's linear layers alone
+    bits_per_weight: float  # of the decoder's linear layers: stored codes, scales and zeros over weights
+    kv_per_token: int  # bytes the KV cache grows by with each token, batch 1
+    peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians with interquartile ranges. ``*_ratio``: paired, interleaved, baseline time over this model's time."""
+
+    prefill_ms: float
+    prefill_iqr: float
+    prefill_tokens: int
+    decode_ms: float  # per token
+    decode_iqr: float
+    threads: int
+    prefill_ratio: float | None = None  # above 1: faster than the uncompressed model
+    decode_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``labkit.measure`` returns: prints as a table, renders as HTML, and becomes a row of the store."""
+
+    model: str
+    method: str  # repr of the technique(s), "uncompressed" for the baseline
+    quality: dict[str, Quality]  # by text: "manual", "prose", …
+    memory: Memory
+    latency: Latency | None
+    device: str
+    label: str = "measured"
+    texts: dict[str, str] = field(default_factory=dict)  # text -> hash of its token ids
+
+    def to_dict(self) -> dict:
+        """A plain, JSON-ready dictionary; :meth:`from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict) -> Measurement:
+        row = dict(row)
+        row["quality"] = {name: Quality(**q) for name, q in row["quality"].items()}
+        row["memory"] = Memory(**row["memory"])
+        row["latency"] = Latency(**row["latency"]) if row.get("latency") else None
+        return cls(**row)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows of (what, value, unit) for people; error bands are one standard error or the interquartile range."""
+        rows = []
+        for text, q in self.quality.items():
+            rows.append((f"perplexity on {text}", f"{q.perplexity:.2f} ± {q.perplexity_se:.2f}", "lower is better"))
+            if q.kl is not None:
+                rows.append((f"KL divergence on {text}", f"{q.kl:.4f} ± {q.kl_se:.4f}", "nats per token"))
+                rows.append((f"top-1 agreement on {text}", f"{100 * q.top1:.1f} ± {100 * q.top1_se:.1f}", "%"))
+        m = self.memory
+        rows += [
+            ("weights held", f"{m.weights / 1e6:.1f}", "MB"),
+            ("linear layers", f"{m.linears / 1e6:.1f}", "MB"),
+            ("bits per linear weight", f"{m.bits_per_weight:.2f}", "bits, metadata included"),
+            ("KV cache", f"{m.kv_per_token / 1024:.1f}", "KiB per token"),
+        ]
+        if m.peak is not None:
+            rows.append(("peak memory while measuring", f"{m.peak / 1e6:.0f}", "MB"))
+        if self.latency:
+            t = self.latency
+            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the baseline's speed)"
+            rows.append((f"prefill, {t.prefill_tokens} tokens", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster))
+            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the baseline's speed)"
+            rows.append(("decode", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        width = max(len(what) for what, _, _ in rows)
+        head = f"{self.method} on {self.model}, {self.device} ({self.label})"
+        return "\n".join([head, *(f"  {what:<{width}}  {value:>16}  {unit}" for what, value, unit in rows)])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(what)}</td><td>{html.escape(value)}</td>"
+            f"<td style='text-align:left'>{html.escape(unit)}</td></tr>"
+            for what, value, unit in self.table()
+        )
+        head = html.escape(f"{self.method} on {self.model}, {self.device} ({self.label})")
+        return f"<table><caption style='text-align:left'><b>{head}</b></caption>{cells}</table>"

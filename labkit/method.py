@@ -1,0 +1,233 @@
+"""What every technique is: a frozen dataclass whose fields are its knobs.
+
+    small = RTN(bits=4, group_size=64)(lm)      # a new LanguageModel; lm is untouched, bit for bit
+
+From one ``knob(...)`` declaration come the validation, the slider, the command-line flag, the papermill
+parameter, the cache key, the ``repr`` and the README's method table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting of a method: its type, its allowed values, and the words that explain it."""
+
+    name: str
+    type: type
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: tuple | None = None
+    stops: tuple = ()  # the positions a slider offers; any value in [low, high] stays valid
+    none: str | None = None  # what None means; None is refused where this is None
+    help: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, for error messages and ``--help``."""
+        if self.choices:
+            text = "one of " + ", ".join(repr(c) for c in self.choices)
+        elif self.type is bool:
+            text = "True or False"
+        elif self.low is not None and self.high is not None:
+            text = f"{self._kind} from {self.low} to {self.high}"
+        elif self.low is not None:
+            text = f"{self._kind}, {self.low} or more"
+        else:
+            text = self._kind
+        return text + (f", or None ({self.none})" if self.none else "")
+
+    @property
+    def _kind(self) -> str:
+        return {int: "a whole number", float: "a number", str: "a string"}[self.type]
+
+    def check(self, value: Any, owner: str = "") -> Any:
+        """Return the value as its declared type, or raise a ValueError that names it and what is allowed."""
+        clean = self._clean(value)
+        if clean is MISSING:
+            where = f"{owner}.{self.name}" if owner else self.name
+            raise ValueError(f"{where} = {value!r} is not allowed: it must be {self.allowed}.")
+        return clean
+
+    def _clean(self, value: Any) -> Any:
+        if value is None:
+            return None if self.none else MISSING
+        if self.type is bool:
+            return value if isinstance(value, bool) else MISSING
+        if self.type is int:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                return MISSING
+            value = int(value)
+        elif self.type is float:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                return MISSING
+            value = float(value)
+        elif not isinstance(value, self.type):
+            return MISSING
+        if self.choices is not None:
+            return value if value in self.choices else MISSING
+        if self.low is not None and value < self.low or self.high is not None and value > self.high:
+            return MISSING
+        return value
+
+    def parse(self, text: str) -> Any:
+        """Read a value from the command line or a papermill parameter: ``"64"``, ``"none"``, ``"true"``."""
+        word = text.strip()
+        if word.lower() in ("none", "null"):
+            return self.check(None)
+        if self.type is bool:
+            value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(word.lower(), word)
+        elif self.type is str:
+            value = word
+        else:
+            try:
+                value = self.type(word)
+            except ValueError:
+                value = word
+        return self.check(value)
+
+    def positions(self) -> list:
+        """The values a slider steps through, in order."""
+        if self.choices:
+            return list(self.choices)
+        if self.type is bool:
+            return [False, True]
+        if self.stops:
+            return list(self.stops)
+        if self.low is None or self.high is None:
+            return [self.default]
+        step = self.step or (1 if self.type is int else (self.high - self.low) / 20)
+        count = int(round((self.high - self.low) / step))
+        return [self.type(round(self.low + i * step, 10)) for i in range(count + 1)]
+
+
+def knob(default, low=None, high=None, step=None, choices=None, stops=(), none=None, help=""):
+    """Declare a method's field as a knob; see :class:`Knob` for what each argument means."""
+    choices = tuple(choices) if choices is not None else None
+    described = {"low": low, "high": high, "step": step, "choices": choices, "stops": tuple(stops), "none": none}
+    return field(default=default, metadata={"knob": described | {"help": help}})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression technique. Subclasses declare knobs and implement :meth:`apply`.
+
+    Class attributes that describe a technique:
+
+    - ``kind``: "quantize", "prune", "structure", "train", "cache" or "conditional".
+    - ``paper``: where the technique comes from (authors, title, venue, section).
+    - ``calibrated``: True when ``apply`` needs calibration windows.
+    - ``lossless``: knob values at which the technique should change (almost) nothing,
+      and ``lossless_kl``, the KL divergence per token (nats) allowed there.
+    """
+
+    kind: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    calibrated: ClassVar[bool] = False
+    lossless: ClassVar[dict] = {}
+    lossless_kl: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        for name, spec in self.knobs().items():
+            object.__setattr__(self, name, spec.check(getattr(self, name), type(self).__name__))
+
+    def __call__(self, lm, calib=None, progress: bool = True):
+        """Return a new, compressed LanguageModel; every untouched tensor is shared with ``lm``.
+
+        ``calib`` is a LongTensor ``(windows, length)`` of token ids; a calibrated method that is given none takes
+        ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off.
+        """
+        if self.calibrated and calib is None:
+            from labkit import text
+
+            calib = text.calibration(lm)
+        if calib is not None:
+            from labkit import text
+
+            text.check_windows(lm, calib)
+        small = lm.copy()
+        self.apply(small, calib, progress)
+        small.history = (*lm.history, repr(self))
+        return small
+
+    def apply(self, lm, calib, progress: bool) -> None:
+        """Compress ``lm`` in place. ``lm`` is a private copy: replace its tensors, never write into them."""
+        raise NotImplementedError
+
+    @classmethod
+    def knobs(cls) -> dict[str, Knob]:
+        """The knobs of this technique, in the order in which they are declared."""
+        types = typing.get_type_hints(cls)
+        return {
+            f.name: Knob(f.name, _plain_type(types[f.name]), f.default, **f.metadata["knob"])
+            for f in fields(cls)
+            if "knob" in f.metadata
+        }
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring: one sentence on what the technique does."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def values(self) -> dict[str, Any]:
+        """The knob values of this instance."""
+        return {name: getattr(self, name) for name in self.knobs()}
+
+    def key(self) -> str:
+        """Canonical JSON of the knob values: the method's part of a cache key."""
+        return json.dumps(self.values(), sort_keys=True)
+
+
+def _plain_type(hint) -> type:
+    """``int | None`` -> ``int``; a plain type stays itself."""
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    return args[0] if args else hint
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Recipe(Method):
+    """Several techniques, applied one after the other; itself a Method.
+
+    >>> Recipe(RTN(bits=8), RTN(bits=4))
+    Recipe(RTN(bits=8, group_size=64, symmetric=False), RTN(bits=4, group_size=64, symmetric=False))
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __init__(self, *methods: Method):
+        for m in methods:
+            if not isinstance(m, Method):
+                raise ValueError(f"Recipe takes methods such as RTN(bits=4), not {m!r}.")
+        object.__setattr__(self, "methods", methods)
+
+    def __call__(self, lm, calib=None, progress: bool = True):
+        for m in self.methods:
+            lm = m(lm, calib, progress)
+        return lm
+
+    def key(self) -> str:
+        return json.dumps([[type(m).__name__, json.loads(m.key())] for m in self.methods])
+
+    def __repr__(self) -> str:
+        return f"Recipe({', '.join(map(repr, self.methods))})"
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every technique that labkit exports, by name, in alphabetical order."""
+    import labkit
+
+    public = {name: getattr(labkit, name) for name in labkit.__all__}
+    return {
+        name: obj
+        for name, obj in sorted(public.items())
+        if isinstance(obj, type) and issubclass(obj, Method) and obj not in (Method, Recipe)
+    }

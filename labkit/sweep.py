@@ -1,0 +1,116 @@
+"""Fill the store: measure a model under many settings, skipping what is there, resumable at any point."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+
+from labkit.measure.measurement import Measurement
+from labkit.method import Method
+from labkit.progress import track
+from labkit.results import Key, Store, calibrated
+
+
+def sweep(
+    lm,
+    methods: Iterable[Method],
+    store: Store | None = None,
+    calib=None,
+    texts: Iterable[str] = ("manual", "prose"),
+    windows: int = 8,
+    length: int = 512,
+    latency: bool = True,
+    progress: bool = True,
+    measure: Callable[..., Measurement] | None = None,
+    hashes: dict[str, str] | None = None,
+) -> list[Measurement]:
+    """Measure ``lm`` uncompressed, then under each method, against ``lm``; returns the measurements in that order.
+
+    What ``store`` has under the same key is taken from there; everything else is stored the moment it is measured, so
+    that an interrupt loses only the one in flight, and the same call resumes. ``calib`` is a LongTensor
+    (windows, length), by default ``text.calibration(lm)`` where a method needs it. ``measure`` stands in for
+    ``labkit.measure``; ``hashes`` for ``text_hashes(lm, texts, windows, length)``, where a caller has them.
+    """
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    methods = list(methods)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise ValueError(f"sweep takes methods such as RTN(bits=4), not {method!r}.")
+    if measure is None:
+        from labkit.measure import measure
+    store = Store() if store is None else store
+    hashes = text_hashes(lm, texts, windows, length) if hashes is None else hashes
+    if calib is None and any(map(calibrated, methods)):
+        from labkit import text
+
+        calib = text.calibration(lm)
+
+    settings = {"texts": texts, "windows": windows, "length": length, "latency": latency, "progress": progress}
+    results, skipped, method = [], 0, None
+    try:
+        for method in track([None, *methods], "sweep", show=progress):
+            key = Key.of(lm, method, hashes, calib)
+            result = store.get(key)
+            if result is None or (latency and result.latency is None):
+                small = lm if method is None else method(lm, calib if calibrated(method) else None, progress)
+                result = measure(small, against=None if method is None else lm, **settings)
+                del small  # before the next one is made
+                store.put(key, result)
+            else:
+                skipped += 1
+            results.append(result)
+    except BaseException as error:
+        what = "the uncompressed model" if method is None else repr(method)
+        done = f"{len(results)} of {len(methods) + 1} are in the store"
+        _note(error, f"The sweep stopped at {what}; {done}. Run the same sweep again to go on from there.")
+        raise
+    if progress:
+        print(f"{len(results) - skipped} measured, {skipped} were in the store already ({store.path}).")
+    return results
+
+
+def text_hashes(lm, texts: Iterable[str], windows: int = 8, length: int = 512) -> dict[str, str]:
+    """For each text the hash of the token ids that ``lm`` is evaluated on: the ``texts`` of a :class:`Key`."""
+    from labkit import text
+
+    return {name: text.fingerprint(text.evaluation(lm, windows, length, source=name)) for name in texts}
+
+
+def grid(method_class: type[Method], **lists) -> list[Method]:
+    """Every combination of the given knob values, each checked; a single value stands for a list of one.
+
+    >>> grid(RTN, bits=[3, 4], group_size=64)
+    [RTN(bits=3, group_size=64, symmetric=False), RTN(bits=4, group_size=64, symmetric=False)]
+    """
+    for name, values in lists.items():
+        _knob(method_class, name)
+        lists[name] = [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+        if not lists[name]:
+            raise ValueError(f"{method_class.__name__}.{name} has no values to try.")
+    combinations = itertools.product(*lists.values())
+    made = (method_class(**dict(zip(lists, values))) for values in combinations)
+    return list({m.key(): m for m in made}.values())  # each setting once
+
+
+def parse_grid(method_class: type[Method], words: dict[str, str]) -> list[Method]:
+    """:func:`grid` from the command line: ``{"bits": "2,3,4", "group_size": "64,none"}``."""
+    lists = {}
+    for name, text in words.items():
+        knob = _knob(method_class, name)
+        lists[name] = [knob.parse(word) for word in text.split(",")]
+    return grid(method_class, **lists)
+
+
+def _knob(method_class: type[Method], name: str):
+    knobs = method_class.knobs()
+    if name not in knobs:
+        raise ValueError(f"{method_class.__name__} has no knob {name!r}: it has {', '.join(knobs) or 'none'}.")
+    return knobs[name]
+
+
+def _note(error: BaseException, text: str) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(text)  # shown under the traceback
+    else:  # Python 3.10
+        print(text, file=sys.stderr)

@@ -1,0 +1,172 @@
+"""What a student sees: notebooks in JupyterLab, run and moved by keyboard in a headless Chromium."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+HERE = Path(__file__).resolve().parent
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+SETUP = f"""
+import sys, tempfile
+sys.path.insert(0, {str(HERE)!r})
+import tiny
+from labkit.results import Store
+from labkit.ui.panel import Panel
+store = Store(tempfile.mkdtemp() + "/results.sqlite")
+tiny.fill(store)
+"""
+PANEL = "panel = Panel(tiny.Rounding, tiny.Tiny(), store, tiny.HOW, measure=tiny.measure, hashes=tiny.HASHES)"
+EXPLORE = """
+from labkit.ui import plots
+from labkit.ui.explore import explore
+
+def curve(batch, log):
+    if batch == 16:
+        raise ValueError("batch = 16 is not allowed: it must be 1 to 8.")
+    xs = [1, 2, 4, 8]
+    return plots.lines({"tokens": (xs, [x * batch for x in xs])}, "threads", "tokens/s", logy=log), f"At batch {batch}."
+
+explorer = explore(curve, batch=[1, 2, 4, 8, 16], log=False, help={"batch": "sequences at once"})
+"""
+
+
+def write(server, name: str, *cells: str) -> str:
+    notebook = nbformat.v4.new_notebook(metadata=KERNEL, cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
+    nbformat.write(notebook, server.root / name)
+    return name
+
+
+@pytest.fixture
+def notebook(server, lab):
+    """The tiny panel, run and on the screen."""
+    book = lab(write(server, "tiny.ipynb", SETUP, PANEL, "panel"))
+    book.run_all()
+    book.wait_for_figures(3)
+    return book
+
+
+def test_a_slider_move_is_answered_from_the_store(notebook, record_property):
+    book = notebook
+    assert "4 bits" in book.text("sentence") and "of their bytes" in book.text("sentence")
+    assert "Predict: if you move bits from 4 to 3" in book.text("ask")
+    before = book.figures()
+    book.press("bits", "ArrowRight")  # 5 bits: not stored, so measuring starts …
+    page_ms, python_ms = [], []
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowLeft"):
+        ms = book.press("bits", key)  # … and never holds up what the store can answer
+        if "from the store" in book.text("status") and "not in the store" not in book.text("sentence").lower():
+            page_ms.append(ms)
+            python_ms.append(book.answered_ms())
+    book.wait_for_sentence("At 4 bits")
+    assert len(page_ms) >= 3
+    record_property("event_to_label_ms", page_ms)
+    record_property("python_ms", python_ms)
+    print(f"\nfrom the key to the new sentence: {statistics.median(page_ms):.0f} ms (in Python {python_ms})")
+    assert statistics.median(python_ms) <= 100
+    book.press("bits", "ArrowLeft")
+    book.press("bits", "ArrowLeft")
+    book.wait_for_sentence("At 2 bits")
+    book.wait_for_new_figures(before)
+    assert "Compared with 4 bits" in book.text("sentence")  # the last setting that was shown
+    book.screenshot("panel")
+    assert book.errors == []
+
+
+def test_a_miss_is_measured_in_the_background_and_can_be_cancelled(notebook):
+    book = notebook
+    book.press("bits", "ArrowLeft")
+    assert "Not in the store yet" in book.text("sentence")
+    cancel = book.page.locator(".labkit-live button", has_text="Cancel")
+    cancel.wait_for(state="visible")
+    book.page.wait_for_function(
+        "/perplexity on .*: [1-9]/.test(document.querySelector('.labkit-at-progress').innerText)", timeout=60_000
+    )
+    book.screenshot("measuring")
+    cancel.click()
+    book.wait_for_sentence("Cancelled: 3 bits")
+    cancel.wait_for(state="hidden")
+    book.click("Measure here")
+    book.wait_for_sentence("At 3 bits", seconds=60)
+    assert "Measured just now" in book.text("status")
+    book.press("bits", "ArrowRight")
+    book.press("bits", "ArrowLeft")
+    book.wait_for_sentence("At 3 bits", seconds=2)  # now the store has it
+    assert book.errors == []
+
+
+def test_an_error_is_one_sentence_and_reset_recovers(server, lab):
+    book = lab(write(server, "error.ipynb", SETUP, PANEL, "panel.controls['symmetric'].value = True", "panel"))
+    book.run_all()
+    for _ in range(3):
+        book.press("bits", "ArrowRight")
+    book.wait_for_sentence("bits = 7 with symmetric = True is not allowed here", seconds=60)
+    book.screenshot("error")
+    book.click("Reset")
+    book.wait_for_sentence("At 4 bits")
+    assert book.errors == []
+
+
+def test_the_dark_theme_is_readable(server, lab):
+    book = lab(write(server, "dark.ipynb", SETUP, PANEL, "panel"), dark=True)
+    book.run_all()
+    book.wait_for_figures(3)
+    book.screenshot("dark")
+    # The text in the figures has the page's own colour, far from the page's background.
+    color, page = book.page.evaluate(
+        """() => [getComputedStyle(document.querySelector('.labkit-live .js-plotly-plot text')).fill,
+                  getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor]"""
+    )
+    assert abs(_lightness(color) - _lightness(page)) > 0.5
+    assert book.errors == []
+
+
+def test_explore_redraws_and_shows_errors(server, lab, record_property):
+    book = lab(write(server, "explore.ipynb", EXPLORE, "explorer"))
+    book.run_all()
+    book.wait_for_figures(1)
+    book.screenshot("explore")
+    assert book.text("sentence") == "At batch 1."
+    before = book.figures()
+    record_property("event_to_label_ms", book.press("batch", "ArrowRight"))
+    assert book.text("sentence") == "At batch 2."
+    book.wait_for_new_figures(before)
+    for _ in range(3):
+        book.press("batch", "ArrowRight")
+    book.wait_for_sentence("batch = 16 is not allowed")
+    book.press("batch", "ArrowLeft")
+    book.wait_for_sentence("At batch 8.")
+    book.screenshot("explore")
+    assert book.errors == []
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name, label", [("00_start_here.ipynb", "bits")])
+def test_a_shipped_notebook_opens_runs_and_moves(server, lab, name, label, record_property):
+    assert (server.root / name).is_file(), f"notebooks/{name} is missing"
+    book = lab(name)
+    book.run_all(timeout=600)
+    book.wait_for_figures(3)
+    before, figures = book.text("sentence"), book.figures()
+    ms = book.press(label, "ArrowLeft")
+    record_property("event_to_label_ms", ms)
+    print(f"\n{name}: from the key to the new sentence {ms:.0f} ms")
+    book.page.wait_for_function(
+        "document.querySelector('.labkit-at-sentence').innerText.startsWith('At ')", timeout=600_000
+    )
+    assert book.text("sentence") != before
+    book.wait_for_new_figures(figures)
+    book.screenshot(Path(name).stem)
+    assert book.errors == []
+
+
+def _lightness(color: str) -> float:
+    """``"rgb(255, 255, 255)" -> 1.0``, the mean of the channels."""
+    channels = color[color.index("(") + 1 : -1].split(",")[:3]
+    return sum(float(c) for c in channels) / 765
