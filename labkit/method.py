@@ -75,7 +75,7 @@ class Knob:
             return MISSING
         if self.choices is not None:
             return value if value in self.choices else MISSING
-        if self.low is not None and value < self.low or self.high is not None and value > self.high:
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             return MISSING
         return value
 
@@ -85,7 +85,9 @@ class Knob:
         if word.lower() in ("none", "null"):
             return self.check(None)
         if self.type is bool:
-            value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(word.lower(), word)
+            value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+                word.lower(), word
+            )
         elif self.type is str:
             value = word
         else:
@@ -106,7 +108,7 @@ class Knob:
         if self.low is None or self.high is None:
             return [self.default]
         step = self.step or (1 if self.type is int else (self.high - self.low) / 20)
-        count = int(round((self.high - self.low) / step))
+        count = round((self.high - self.low) / step)
         return [self.type(round(self.low + i * step, 10)) for i in range(count + 1)]
 
 

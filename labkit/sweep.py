@@ -74,7 +74,7 @@ def text_hashes(lm, texts: Iterable[str], windows: int = 8, length: int = 512) -
     """For each text the hash of the token ids that ``lm`` is evaluated on: the ``texts`` of a :class:`Key`."""
     from labkit import text
 
-    return {name: text.fingerprint(text.evaluation(lm, windows, length, source=name)) for name in texts}
+    return {str(name): text.fingerprint(text.evaluation(lm, windows, length, source=name)) for name in texts}
 
 
 def grid(method_class: type[Method], **lists) -> list[Method]:

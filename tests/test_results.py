@@ -339,6 +339,18 @@ def test_a_fuzzed_line_is_either_refused_or_can_be_read_back(tmp_path, where, va
         assert all(results._found(p, here=True) for p in parsed)
 
 
+def test_a_load_that_fails_half_way_adds_nothing(store, tmp_path):
+    rows = [example_row() | {"key": dataclasses.asdict(key(n))} for n in range(200)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pages = store._connection().execute("PRAGMA page_count").fetchone()[0]
+    store._connection().execute(f"PRAGMA max_page_count = {pages + 5}")  # the disk is full after a few rows
+    with pytest.raises(StoreError, match="full"):
+        store.load(tmp_path / "in.jsonl")
+    assert store.rows() == []
+    store.close()
+    assert store.load(tmp_path / "in.jsonl") == 200
+
+
 def test_shipped_rows_are_imported_once_per_content(path, shipped, tmp_path, monkeypatch):
     def ship(name, *rows):
         (shipped / name).write_text("\n".join(json.dumps(row) for row in rows))
@@ -427,8 +439,14 @@ def test_processes_share_a_store_from_its_very_first_moment(path):
 @posix
 def test_a_connection_is_not_carried_over_a_fork(store):
     store.put(key(1), measurement(1))
-    pid = child(lambda: store.put(key(2), measurement(2)))
-    assert os.waitpid(pid, 0)[1] == 0
+    parents = store._connection()
+
+    def work():
+        store.put(key(2), measurement(2))
+        assert store._connection() is not parents
+
+    assert os.waitpid(child(work), 0)[1] == 0
+    assert store._connection() is parents
     store.put(key(3), measurement(3))
     assert len(store.rows()) == 3 and intact(store.path)
 
@@ -471,6 +489,41 @@ def test_kill_9_loses_nothing_that_was_acknowledged(path):
         assert intact(path) and asides(path) == [], f"seed {seed}"
     assert killed == 50 and len(acknowledged) > 100, "the writers really wrote, and were really killed"
     assert len(Store(path).rows()) - len(acknowledged) <= killed, "at most one row each in flight"
+
+
+@posix
+def test_killed_before_any_single_statement_the_store_is_sound(path, shipped):
+    """Every step of making the file, importing the shipped rows and storing one: kill -9 exactly there."""
+    (shipped / "a.jsonl").write_text(
+        "\n".join(json.dumps(example_row() | {"key": dataclasses.asdict(key(n))}) for n in (1, 2))
+    )
+
+    class Killed(Store):
+        def _connect(self):
+            con = super()._connect()
+            con.set_trace_callback(self.step)
+            return con
+
+        def step(self, sql):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    survived = False
+    for n in range(1, 100):
+        file = path.with_name(f"{n}.sqlite")
+        store = Killed(file)
+        store.left = n
+        status = os.waitpid(child(lambda store=store: store.put(key(3), measurement(3))), 0)[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows = {row["knobs.bits"] for row in Store(file).rows()}
+        assert intact(file) and asides(file) == [] and {1, 2} <= rows, f"killed before statement {n}"
+        if status == 0:
+            survived = True
+            assert rows == {1, 2, 3}
+            break
+    assert survived and n > 10, "killed at every statement, until there was none left"
 
 
 # ---- files that are not ours

@@ -89,7 +89,9 @@ class Measurement:
         if self.latency:
             t = self.latency
             faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the baseline's speed)"
-            rows.append((f"prefill, {t.prefill_tokens} tokens", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster))
+            rows.append(
+                (f"prefill, {t.prefill_tokens} tokens", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster)
+            )
             faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the baseline's speed)"
             rows.append(("decode", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
         return rows

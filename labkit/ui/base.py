@@ -16,9 +16,11 @@ widgets = need("ipywidgets")
 # JupyterLab's own text colour inside the figures, so that they follow its light and dark themes at once.
 STYLE = """<style>
 .labkit-live {padding: 4px 8px}
-.labkit-at-sentence {min-height: 9em}
+.labkit-panel .labkit-at-sentence {min-height: 9em}
 .labkit-live .js-plotly-plot .main-svg text {fill: var(--jp-ui-font-color1, #555) !important}
 .labkit-live .widget-html > .widget-html-content {line-height: 1.5}
+.labkit-live .widget-toggle-buttons {display: flex; align-items: center}
+.labkit-live .widget-toggle-buttons > label {text-align: right; margin-right: 8px}
 .labkit-note {border-left: 4px solid; padding: 4px 12px; margin: 2px 0; max-width: 72em}
 .labkit-ask {border-color: #e69f00} .labkit-said {border-color: #0072b2} .labkit-error {border-color: #d55e00}
 .labkit-small {opacity: 0.75; font-size: 90%}

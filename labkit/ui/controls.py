@@ -27,7 +27,9 @@ def control(knob, value):
     booleans a check box, free strings a text field. A value between two positions is added to them.
     """
     if knob.type is bool:
-        return widgets.Checkbox(value=value, description=_label(knob.name), tooltip=knob.help, indent=True, style=WIDE)
+        return widgets.Checkbox(
+            value=value, description=_label(knob.name), tooltip=knob.help, style=WIDE, layout=_wide()
+        )
     stops = knob.positions()
     if value not in stops:
         stops = _insert(stops, value)
@@ -36,10 +38,18 @@ def control(knob, value):
         kind = widgets.ToggleButtons if len(options) <= 4 else widgets.Dropdown
         style = WIDE | ({"button_width": "auto"} if kind is widgets.ToggleButtons else {})
         options, value = _selectable(options, value)
-        return kind(options=options, value=value, description=_label(knob.name), tooltip=knob.help, style=style)
+        layout = _wide()
+        return kind(
+            options=options, value=value, description=_label(knob.name), tooltip=knob.help, style=style, layout=layout
+        )
     if knob.type is str:
         return widgets.Text(
-            value=value, description=_label(knob.name), tooltip=knob.help, continuous_update=False, style=WIDE
+            value=value,
+            description=_label(knob.name),
+            tooltip=knob.help,
+            continuous_update=False,
+            style=WIDE,
+            layout=_wide(),
         )
     return slider(options, value, knob.name, knob.help)
 
@@ -54,7 +64,7 @@ def slider(options: list[tuple[str, object]], value, name: str, tooltip: str = "
         tooltip=tooltip,
         continuous_update=True,
         style=WIDE,
-        layout=widgets.Layout(width="420px", max_width="100%"),
+        layout=_wide(),
     )
 
 
@@ -66,6 +76,10 @@ def row(widget, help: str):
 
 def _selectable(options, value) -> tuple[list, object]:
     return [(text, UNSET if v is None else v) for text, v in options], UNSET if value is None else value
+
+
+def _wide():
+    return widgets.Layout(width="420px", max_width="100%")
 
 
 def _label(name: str) -> str:

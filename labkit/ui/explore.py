@@ -160,8 +160,7 @@ def _parts(result) -> tuple[tuple, str, str]:
     if isinstance(result, View):
         return result.figures, result.sentence, result.table
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], str):
-        figures, text, _ = _parts(result[0])
-        return figures, text, ""
+        return _parts(result[0])[0], result[1], ""
     figures = tuple(result) if isinstance(result, (list, tuple)) else (result,)
     for figure in figures:
         if not isinstance(figure, go.Figure):

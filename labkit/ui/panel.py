@@ -6,6 +6,7 @@ import html
 import time
 from dataclasses import replace
 
+from labkit.progress import listen
 from labkit.ui import controls, need, words
 from labkit.ui.base import STYLE, Live, button, note, part, wrapped
 from labkit.ui.static import page, static
@@ -93,6 +94,7 @@ class Panel(Live):
             self.status,
             self.table,
         )
+        self.add_class("labkit-panel")
         self._offer(False)
 
     def method(self):
@@ -153,12 +155,15 @@ class Panel(Live):
     def _measure(self, method, moved: str | None = None) -> None:
         """Measure ``method`` (and the uncompressed model, where that is missing) and put it into the store."""
         if self.is_static:
-            self._measured(method, moved, self._compute(method))
+            with listen(lambda what, done, total: None):  # a progress bar would be one more widget on the page
+                pair = self._compute(method)
+            self._measured(method, moved, pair)
             return
         self._offer(False)
         self._work(True)
         self._last_progress = 0.0
         self._progress("waiting to start", 0, 0)
+        self.status.value = words.small(self.view.source) if self.view else ""  # of the figures that still show
         self._say(f"{words.sentence(words.describe(method))} Not in the store yet: measuring it now.{self._still()}")
         self.worker.submit(
             lambda: self._compute(method),

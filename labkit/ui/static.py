@@ -49,4 +49,4 @@ def page(view) -> str:
 
 def _json(figure) -> dict:
     # Without plotly's tool bar, which would cover the titles; dragging zooms and a double click resets all the same.
-    return json.loads(figure.to_json()) | {"config": {"displayModeBar": False, "responsive": True}}
+    return json.loads(figure.to_json()) | {"config": {"displayModeBar": False}}

@@ -211,10 +211,10 @@ def table(baseline, current=None, before=None) -> str:
         row(f"perplexity, {text}", "lower is better", quality("perplexity"))
         row(f"KL, {text}", "nats per token", quality("kl", digits=4))
         row(f"same top token, {text}", "%", quality("top1", 100, 1))
-    row("weights held", "MB", lambda m: f"{m.memory.weights / 1e6:,.1f}")
-    row("linear layers", "MB", lambda m: f"{m.memory.linears / 1e6:,.1f}")
+    row("weights held", "MB", lambda m: words.short(m.memory.weights / 1e6))
+    row("linear layers", "MB", lambda m: words.short(m.memory.linears / 1e6))
     row("bits per linear weight", "metadata included", lambda m: f"{m.memory.bits_per_weight:.2f}")
-    row(f"KV cache, {KV_TOKENS:,} tokens", "MB", lambda m: f"{m.memory.kv_per_token * KV_TOKENS / 1e6:,.1f}")
+    row(f"KV cache, {KV_TOKENS:,} tokens", "MB", lambda m: words.short(m.memory.kv_per_token * KV_TOKENS / 1e6))
     row(
         "prefill",
         "ms, median ± IQR",

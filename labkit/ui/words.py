@@ -39,13 +39,13 @@ def percent(share: float) -> str:
 
 
 def short(x: float) -> str:
-    """A number with the digits worth reading: ``0.0042``, ``0.30``, ``15.3``, ``1,240``."""
+    """A number with the digits worth reading: ``0.0042``, ``0.30``, ``15.3``, ``586``."""
     if not math.isfinite(x):
         return "not a number" if math.isnan(x) else "infinite"
     size = abs(x)
     if size < 0.00005:
         return "0"
-    digits = 4 if size < 0.01 else 3 if size < 0.0995 else 2 if size < 9.95 else 1 if size < 995 else 0
+    digits = 4 if size < 0.01 else 3 if size < 0.0995 else 2 if size < 9.95 else 1 if size < 99.5 else 0
     return f"{x:,.{digits}f}"
 
 
@@ -200,15 +200,16 @@ def step(method, baseline, current, earlier_method, earlier) -> str:
 
 
 def drift(baseline, current) -> str:
-    """A warning when the two runs behind the latency bars disagree with the paired ratio by more than 15 %."""
+    """A warning when the two runs behind the latency bars disagree with a paired ratio by more than 15 %."""
     old, new = baseline.latency, current.latency
-    if not (old and new and new.decode_ratio and new.decode_ms):
+    if old is None or new is None:
         return ""
-    if abs(old.decode_ms / new.decode_ms / new.decode_ratio - 1) <= 0.15:
+    pairs = ((old.decode_ms, new.decode_ms, new.decode_ratio), (old.prefill_ms, new.prefill_ms, new.prefill_ratio))
+    if all(not speed or not now or abs(then / now / speed - 1) <= 0.15 for then, now, speed in pairs):
         return ""
     return (
         "The machine ran at another pace when the uncompressed model was timed: the times come from two runs, "
-        "the ratio from one interleaved run. Trust the ratio."
+        "the ratios from one interleaved run. Trust the ratios."
     )
 
 

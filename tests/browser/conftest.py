@@ -158,9 +158,8 @@ class Notebook:
         self.page.goto(f"{server.url}/lab/tree/{name}?token={server.token}&reset")
         self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=60_000)
         self.page.wait_for_function("window.jupyterapp !== undefined")
-        if dark:
-            command = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-            self.page.evaluate(command)
+        theme = "JupyterLab Dark" if dark else "JupyterLab Light"  # said each time, since the server remembers it
+        self.page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
         self.page.wait_for_function(
             "() => { const s = window.jupyterapp.shell.currentWidget?.sessionContext;"
             " return s && s.session && s.session.kernel && s.session.kernel.status === 'idle' }",
@@ -230,10 +229,10 @@ class Notebook:
         return float(re.search(r"answered in (\d+) ms", self.text("status"), re.IGNORECASE).group(1))
 
     def wait_for_figures(self, count: int, seconds: float = 60) -> None:
-        """Wait until the panel is drawn, and bring it into view."""
+        """Wait until the panel is drawn at full height, and bring it into view."""
+        drawn = "p.querySelector('.bars path, .scatterlayer path') && p.clientHeight > 200"
         self.page.wait_for_function(
-            f"[...document.querySelectorAll('.labkit-live .js-plotly-plot')]"
-            f".filter(p => p.querySelector('.bars path, .scatterlayer path')).length === {count}",
+            f"[...document.querySelectorAll('.labkit-live .js-plotly-plot')].filter(p => {drawn}).length === {count}",
             timeout=1000 * seconds,
         )
         self.page.locator(".labkit-live").first.scroll_into_view_if_needed()
@@ -243,9 +242,13 @@ class Notebook:
         self.page.wait_for_function(f"old => ({FIGURES}).some((f, i) => f !== old[i])", arg=old, timeout=1000 * seconds)
 
     def wait_for_sentence(self, start: str, seconds: float = 10) -> None:
+        self.wait_for_text("sentence", "^" + re.escape(start), seconds)
+
+    def wait_for_text(self, part: str, pattern: str, seconds: float = 10) -> None:
+        """Wait until a part of the panel matches a regular expression."""
         self.page.wait_for_function(
-            "start => document.querySelector('.labkit-at-sentence').innerText.startsWith(start)",
-            arg=start,
+            "([part, pattern]) => new RegExp(pattern).test(document.querySelector('.labkit-at-' + part).innerText)",
+            arg=[part, pattern],
             timeout=1000 * seconds,
         )
 

@@ -1,0 +1,44 @@
+"""labkit: what is the bottleneck, and which compression technique shifts it?"""
+
+from labkit import text
+from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
+from labkit.method import Method, Recipe, methods
+from labkit.model import LanguageModel, load
+from labkit.quantize import RTN
+from labkit.record import record
+from labkit.results import Store
+from labkit.sweep import sweep
+
+__all__ = [
+    "RTN",
+    "LanguageModel",
+    "Measurement",
+    "Method",
+    "Recipe",
+    "Store",
+    "check",
+    "divergence",
+    "load",
+    "measure",
+    "methods",
+    "panel",
+    "perplexity",
+    "record",
+    "roofline",
+    "sweep",
+    "text",
+    "timing",
+]
+
+
+def __getattr__(name: str):
+    # What needs widgets, or is only for exercises, is imported when it is first asked for.
+    if name == "panel":
+        from labkit.ui.panel import panel
+
+        return panel
+    if name == "check":
+        import labkit.check as check
+
+        return check
+    raise AttributeError(f"module 'labkit' has no attribute {name!r}")

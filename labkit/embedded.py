@@ -1,0 +1,102 @@
+"""The model that needs no hub: SmolLM2-135M-Instruct out of a PyPI wheel, dequantized once and un-snapped.
+
+The wheel carries a GGUF whose linear layers lie exactly on the Q4_1 grid (blocks of 32, a real-valued minimum). A 4-bit
+format with the same grid would lose nothing, a false miracle, so an exact rescaling dissolves the grid: see :func:`unsnap`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from labkit import assets, paths
+
+ASSET = "smollm2-135m-instruct"
+NAME = "SmolLM2-135M-Instruct"
+VERSION = 1  # of the conversion below; a new number makes a new cache folder
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def folder(progress: bool = True) -> Path:
+    """The converted model's folder in the cache; converts it at the first call (about 20 s)."""
+    target = paths.cache() / f"{NAME}-v{VERSION}"
+    if all((target / name).is_file() for name in FILES):
+        return target
+    gguf = Path(assets.fetch(ASSET, progress=progress))
+    if progress:
+        print("Converting the embedded model, once …", flush=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=paths.cache()))
+    try:
+        convert(gguf, scratch)
+        if target.exists():  # incomplete: all we found there was damaged
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+    except OSError as error:
+        if not all((target / name).is_file() for name in FILES):  # another process may have been faster
+            raise OSError(
+                f"The model could not be written to {target}: {error}. LABKIT_CACHE names another place."
+            ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def convert(gguf: Path, target: Path, seed: int = 0) -> None:
+    """Read a GGUF through transformers, un-snap it, and write fp32 safetensors and the tokenizer to ``target``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    finally:
+        logging.enable_progress_bar()
+    # save_pretrained refuses a model that says it is quantized; the weights are plain fp32 by now.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = NAME
+    unsnap(model, seed=seed)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@torch.no_grad()
+def unsnap(model, sigma: float = 0.1, seed: int = 0) -> None:
+    """Rescale a Llama in place, exactly preserving its function, so that its weights leave their grid.
+
+    Factors exp(sigma * N(0, 1)) per channel: into a norm's gain and out of the columns that read it; out of v's rows
+    and into o's columns (the same factor for all query heads of a KV head); out of up's rows and into down's columns.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(sigma * torch.randn(count, generator=draw, dtype=torch.float64))
+
+    def scale(weight: torch.Tensor, by: torch.Tensor) -> None:
+        weight.copy_((weight.double() * by).to(weight.dtype))
+
+    config = model.config
+    queries_per_kv = config.num_attention_heads // config.num_key_value_heads
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            s = factors(norm.weight.numel())
+            scale(norm.weight, 1 / s)
+            for linear in readers:
+                scale(linear.weight, s)
+        s = factors(attention.v_proj.out_features)
+        scale(attention.v_proj.weight, 1 / s[:, None])
+        per_head = s.view(config.num_key_value_heads, 1, -1).expand(-1, queries_per_kv, -1)
+        scale(attention.o_proj.weight, per_head.reshape(-1))
+        s = factors(mlp.up_proj.out_features)
+        scale(mlp.up_proj.weight, 1 / s[:, None])
+        scale(mlp.down_proj.weight, s)

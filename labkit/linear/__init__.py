@@ -1,0 +1,5 @@
+"""Linear layers that store packed weights and run on real kernels."""
+
+from labkit.linear.packed import PackedLinear
+
+__all__ = ["PackedLinear"]

@@ -1,0 +1,85 @@
+"""onnxruntime's MatMulNBits as a function: 2-, 4- and 8-bit weights, int8 activations, at the memory roof of a CPU.
+
+With ``accuracy_level=4`` the kernel rounds activations to int8 per block and multiplies integers; other levels are far
+slower. It repacks the weights at load, so it holds a copy of its own. Each session gets one thread: sessions own their
+thread pools, and a hundred spinning pools hang a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from labkit.formats import Quantized, pack
+
+BLOCKS = (256, 128, 64, 32, 16)
+
+
+@functools.cache
+def available() -> bool:
+    """True when onnx and onnxruntime can be imported."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def takes(bits: int, group_size: int) -> bool:
+    """True when the kernel can compute with such codes: 2, 4 or 8 bits, groups that split into blocks of 16 or more."""
+    return bits in (2, 4, 8) and group_size % BLOCKS[-1] == 0 and available()
+
+
+class Kernel:
+    """One matrix, ready to multiply: ``kernel(x)`` for fp32 x (rows, in) gives fp32 (rows, out)."""
+
+    def __init__(self, weight: Quantized, threads: int = 1):
+        import onnxruntime as ort
+        from onnx import TensorProto, helper
+
+        size = next(b for b in BLOCKS if weight.group_size % b == 0)
+        blocks = -(-weight.columns // size)
+        rows = weight.packed.shape[0]
+        repeat = weight.group_size // size  # one scale per group, and here one per block
+        scale = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
+        zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
+        codes = torch.nn.functional.pad(weight.packed, (0, blocks * size * weight.bits // 8 - weight.packed.shape[1]))
+        self.columns, self.rows = weight.columns, rows
+        initializers = [
+            ("B", TensorProto.UINT8, (rows, blocks, size * weight.bits // 8), codes),
+            ("scales", TensorProto.FLOAT, (rows * blocks,), scale),
+            ("zeros", TensorProto.UINT8, (zeros.numel(),), zeros),
+        ]
+        node = helper.make_node(
+            "MatMulNBits",
+            ["x", "B", "scales", "zeros"],
+            ["y"],
+            domain="com.microsoft",
+            K=weight.columns,
+            N=rows,
+            bits=weight.bits,
+            block_size=size,
+            accuracy_level=4,
+        )
+        graph = helper.make_graph(
+            [node],
+            "linear",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", weight.columns])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", rows])],
+            [helper.make_tensor(n, kind, dims, t.numpy().tobytes(), raw=True) for n, kind, dims, t in initializers],
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        # The runtime keeps the codes in its own order, a scale and a sum per block, and the zeros.
+        self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().contiguous().numpy()})[0])

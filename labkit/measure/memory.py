@@ -1,0 +1,100 @@
+"""Bytes that are really held: tensors, kernels' own copies, the KV cache, and the process's peak."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from labkit.walk import blocks, is_linear
+
+
+def held(module: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage once, and of the copies that kernels' runtimes keep."""
+    storages = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values()) + sum(getattr(m, "runtime_nbytes", 0) for m in module.modules())
+
+
+def linear_layers(lm) -> list[torch.nn.Module]:
+    """The decoder's linear layers, which compression is about (the embedding and the head are not among them)."""
+    return [m for m in blocks(lm.model).modules() if is_linear(m)]
+
+
+def bits_per_weight(lm) -> float:
+    """Stored bits per weight of the decoder's linear layers: codes, scales and zeros; biases and runtime copies apart."""
+    bits = weights = 0
+    for layer in linear_layers(lm):
+        if hasattr(layer, "quantized"):
+            bits += 8 * layer.quantized.nbytes
+            weights += layer.in_features * layer.out_features
+        else:
+            bits += 8 * layer.weight.numel() * layer.weight.element_size()
+            weights += layer.weight.numel()
+    return bits / weights
+
+
+def kv_per_token(lm, tokens: int = 16) -> int:
+    """Bytes by which the KV cache grows with one token, measured on a real cache: the difference of two lengths."""
+    ids = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
+    with torch.inference_mode():
+        cache = lm.model(ids, use_cache=True).past_key_values
+        short = cache_bytes(cache)
+        cache = lm.model(ids, past_key_values=cache, use_cache=True).past_key_values
+    return (cache_bytes(cache) - short) // tokens
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of the keys and values that a transformers cache holds."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+class Peak:
+    """The highest resident set (or CUDA allocation) seen while the block ran, in bytes."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak(device: torch.device, every: float = 0.02):
+    """Watch memory while the block runs: ``with peak(lm.device) as p: ...``; then ``p.bytes`` (None where unknown)."""
+    seen = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield seen
+        seen.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    done = threading.Event()
+
+    def watch():
+        while True:
+            now = resident()
+            if now is not None:
+                seen.bytes = max(seen.bytes or 0, now)
+            if done.wait(every):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
+def resident() -> int | None:
+    """The resident set of this process in bytes."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import resource
+
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss

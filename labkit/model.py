@@ -1,0 +1,215 @@
+"""LanguageModel: a transformers model and its tokenizer, with copies that share tensors and packed weights that save."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labkit import embedded
+
+MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model that can be compressed. ``model`` is the transformers model, so everything it does works."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    history: tuple[str, ...] = ()  # the repr of each technique applied, in order
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in _tensors(self.model))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held by the weights, with every copy that a kernel's runtime keeps."""
+        from labkit.measure.memory import held
+
+        return held(self.model)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the weights: a hash over every tensor's name, shape, dtype and a sample of it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 257)].cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b"")
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Token ids of a text, LongTensor (1, tokens), without special tokens."""
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(self.device)
+
+    def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
+        """The greedy continuation of a prompt, without the prompt."""
+        ids = self.encode(prompt)
+        if ids.shape[1] == 0:
+            raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            )
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def copy(self) -> LanguageModel:
+        """A model with its own modules that shares every tensor with this one."""
+        memo = {id(t): t for t in _tensors(self.model)}
+        return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the model to a folder (config, tokenizer, safetensors with packed weights); all of it or nothing."""
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(f"{target} exists and is not an empty folder: name a new one.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            tensors, shared = _unshare(self.model.state_dict())
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            self.model.config.save_pretrained(scratch)
+            if getattr(self.model, "generation_config", None) is not None:
+                self.model.generation_config.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
+            packed = {n: m.spec() for n, m in self.model.named_modules() if hasattr(m, "spec")}
+            described = {"name": self.name, "history": self.history, "packed": packed, "shared": shared}
+            (scratch / MANIFEST).write_text(json.dumps(described | {"class": type(self.model).__name__}, indent=1))
+            if target.exists():
+                target.rmdir()
+            os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    def __repr__(self) -> str:
+        done = " -> ".join(self.history) or "uncompressed"
+        return f"LanguageModel({self.name!r}, {done}, {self.nbytes / 1e6:.1f} MB, {self.device})"
+
+
+def load(name: str | os.PathLike | None = None, device=None, dtype=None) -> LanguageModel:
+    """Load a model: ``None`` is the embedded SmolLM2-135M-Instruct; else a folder, or the id of a model on the hub.
+
+    ``device``: the first GPU where there is one, else the CPU. ``dtype``: fp32 on CPU, bf16 on GPU, as stored for a
+    folder that :meth:`LanguageModel.save` wrote. Raises ValueError with one sentence when there is no such model.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name is None:
+        lm = _load_embedded(dtype)
+    elif Path(name).is_dir():
+        packed = (Path(name) / MANIFEST).is_file()
+        lm = _load_saved(Path(name)) if packed else _from_pretrained(str(name), dtype)
+    else:
+        lm = _from_pretrained(str(name), dtype)
+    lm.model.to(device).eval().requires_grad_(False)
+    return lm
+
+
+def _load_embedded(dtype) -> LanguageModel:
+    folder = embedded.folder()
+    try:
+        lm = _from_pretrained(str(folder), dtype)
+    except ValueError:  # a damaged cache is made again, not trusted
+        print(f"The cached model in {folder} is damaged; it is made again.")
+        shutil.rmtree(folder)
+        lm = _from_pretrained(str(embedded.folder()), dtype)
+    lm.name = embedded.NAME
+    return lm
+
+
+def _from_pretrained(name: str, dtype) -> LanguageModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    local = Path(name).is_dir()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f"The folder {name!r} holds no model that can be read" if local else f"There is no model {name!r} here"
+        advice = (
+            "check its config.json, tokenizer and safetensors files"
+            if local
+            else "check the hub id and the network, name a local folder, or use load() for the embedded model"
+        )
+        raise ValueError(f"{where} ({reason}); {advice}.") from error
+    finally:
+        logging.enable_progress_bar()
+    return LanguageModel(model, tokenizer, name)
+
+
+def _load_saved(folder: Path) -> LanguageModel:
+    """Read what :meth:`LanguageModel.save` wrote: packed modules first, then every tensor where it belongs."""
+    import transformers
+    from safetensors.torch import load_file
+
+    from labkit.linear import PackedLinear
+
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        tensors = load_file(folder / "model.safetensors")
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = getattr(transformers, manifest["class"])(config)
+        for path, spec in manifest["packed"].items():
+            model.set_submodule(path, PackedLinear.from_spec(spec))
+        for alias, original in manifest["shared"].items():
+            tensors[alias] = tensors[original]
+        for name, tensor in tensors.items():
+            _assign(model, name, tensor)
+    except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {error}.") from error
+    except Exception as error:  # safetensors has an error class of its own
+        raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {error}.") from error
+    if getattr(config, "tie_word_embeddings", False):
+        model.tie_weights()
+    return LanguageModel(model, tokenizer, manifest["name"], tuple(manifest["history"]))
+
+
+def _assign(model, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor at its place whatever shape stood there before: pruned models have other shapes than their config."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        raise KeyError(f"the model has no place for the tensor {name}")
+
+
+def _tensors(model):
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _unshare(state: dict) -> tuple[dict, dict]:
+    """safetensors refuses tensors that share memory: keep the first of each, and name the others as aliases."""
+    kept, shared, seen = {}, {}, {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if place in seen:
+            shared[name] = seen[place]
+        else:
+            seen[place] = name
+            kept[name] = tensor.detach().contiguous()
+    return kept, shared

@@ -1,0 +1,123 @@
+"""Calibration text that the model writes itself: no corpus, no licence, and the model's own distribution.
+
+Sampled at temperature 1, top-p 0.95, each window from one common word. Stored once: shipped for the embedded model,
+generated and cached for any other.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from labkit import paths
+from labkit.progress import track
+
+STARTERS = tuple(
+    [
+        "The",
+        "A",
+        "In",
+        "When",
+        "It",
+        "We",
+        "There",
+        "My",
+        "This",
+        "If",
+        "One",
+        "Some",
+        "How",
+        "After",
+        "For",
+        "What",
+        "She",
+        "He",
+        "They",
+        "Many",
+        "People",
+        "Today",
+        "Water",
+        "Music",
+        "Time",
+        "Once",
+        "Every",
+        "Most",
+        "You",
+        "Their",
+        "Our",
+        "Life",
+        "New",
+        "As",
+        "At",
+        "On",
+        "Before",
+        "Why",
+        "Where",
+    ]
+)
+
+
+def self_samples(lm, windows: int, length: int, seed: int = 0, progress: bool = True) -> torch.Tensor:
+    """``windows`` self-written windows, LongTensor (windows, length); ``seed`` picks which of the stored ones."""
+    stored = _stored(lm, windows, length)
+    if stored is None:
+        stored = write(lm, windows, length, progress=progress)
+        _keep(lm, stored)
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[:windows]
+    return stored[order, :length].long()
+
+
+@torch.inference_mode()
+def write(lm, windows: int, length: int, batch: int = 32, seed: int = 0, progress: bool = True) -> torch.Tensor:
+    """Let the model write; the end-of-text token is never chosen, so that every window is full."""
+    draw = torch.Generator().manual_seed(seed)
+    starts = [int(lm.encode(STARTERS[i % len(STARTERS)])[0, 0]) for i in range(windows)]
+    barred = [t for t in lm.tokenizer.all_special_ids if t is not None]
+    done = []
+    for group in torch.tensor(starts, device=lm.device).split(batch):
+        ids, cache = group[:, None], None
+        for _ in track(range(length - 1), "the model writes its calibration text", progress):
+            out = lm.model(ids[:, -1:] if cache is not None else ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float()
+            logits[:, barred] = -torch.inf
+            ids = torch.cat([ids, _nucleus(logits, draw).to(ids.device)], dim=1)
+        done.append(ids.cpu())
+    return torch.cat(done)
+
+
+def _nucleus(logits: torch.Tensor, draw: torch.Generator, top_p: float = 0.95) -> torch.Tensor:
+    """One token per row from the smallest set that holds ``top_p`` of the probability. (batch, vocabulary) -> (batch, 1)."""
+    probs, order = logits.softmax(-1).cpu().sort(-1, descending=True)
+    probs[probs.cumsum(-1) - probs > top_p] = 0
+    return order.gather(1, torch.multinomial(probs, 1, generator=draw))
+
+
+def _places(lm) -> list[Path]:
+    name = f"{lm.fingerprint}.safetensors"
+    return [paths.data() / "self" / name, paths.cache() / "self" / name]
+
+
+def _stored(lm, windows: int, length: int) -> torch.Tensor | None:
+    from safetensors.torch import load_file
+
+    for path in _places(lm):
+        if path.is_file():
+            ids = load_file(path)["ids"]
+            if ids.shape[0] >= windows and ids.shape[1] >= length:
+                return ids
+    return None
+
+
+def _keep(lm, ids: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    path = _places(lm)[-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    save_file({"ids": ids.to(torch.int32).contiguous()}, scratch)
+    os.replace(scratch, path)

@@ -1,0 +1,162 @@
+"""Text: two evaluation corpora, calibration windows disjoint from both, and fingerprints of token ids.
+
+Convention: windows do not overlap, no BOS is prepended, and a window's first token is context only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from labkit import paths
+from labkit.progress import track
+
+CORPORA = ("manual", "prose", "wikitext2", "c4")
+CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evaluation
+
+
+def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
+    """Evaluation windows, LongTensor (windows, length): the first ones, or for "prose" spread over all the essays.
+
+    ``source``: "manual" (the default: the last part of the Python manual), "prose" (essays written for this project),
+    "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
+    """
+    source = "manual" if source is None else source
+    if source == "manual":
+        ids = _manual(lm)
+        ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
+    else:
+        ids = _encode(lm, _read(source))
+    return _cut(ids, windows, length, str(source), spread=source == "prose")
+
+
+def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source="mixed", progress: bool = True):
+    """Calibration windows, LongTensor (windows, length).
+
+    ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
+    default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
+    """
+    _check_size(windows, length)
+    if source == "mixed":
+        half = windows // 2
+        parts = [calibration(lm, windows - half, length, seed, "manual")]
+        if half:
+            parts.append(calibration(lm, half, length, seed, "self", progress))
+        return torch.cat(parts)
+    if source == "self":
+        from labkit.selftext import self_samples
+
+        return self_samples(lm, windows, length, seed, progress)
+    if source == "manual":
+        ids = _manual(lm)
+        ids = ids[: int(len(ids) * CALIBRATION_SHARE)]
+    else:
+        ids = _encode(lm, _read(source))
+    available = _cut(ids, len(ids) // length, length, str(source)) if len(ids) >= length else []
+    if len(available) < windows:
+        raise ValueError(
+            f"{source!r} has {len(available)} windows of {length} tokens, but {windows} were asked for: "
+            "ask for fewer or shorter windows, or name a longer text."
+        )
+    order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:windows]
+    return available[order]
+
+
+def fingerprint(ids: torch.Tensor) -> str:
+    """16 hex digits that stand for these token ids and their shape; part of every stored result."""
+    data = ids.detach().to("cpu", torch.int64).contiguous()
+    return hashlib.sha256(f"{tuple(data.shape)}".encode() + data.numpy().tobytes()).hexdigest()[:16]
+
+
+def check_windows(lm, ids: torch.Tensor) -> None:
+    """Raise a ValueError when these are not token windows of this model."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"Windows must be a LongTensor (windows, length) of token ids, not {got}.")
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(f"Windows of shape {tuple(ids.shape)} are too short: at least 1 window of 2 tokens is needed.")
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"Token id {int(ids.max())} is not in this model's vocabulary of {vocabulary}: "
+            "the windows come from another tokenizer."
+        )
+
+
+def _check_size(windows: int, length: int) -> None:
+    for name, value, least in (("windows", windows, 1), ("length", length, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {least} or more.")
+
+
+def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
+    """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
+    _check_size(max(windows, 1), length)
+    available = len(ids) // length
+    if windows < 1 or available < windows:
+        raise ValueError(
+            f"{source!r} has {len(ids)} tokens: too short for {windows} windows of {length}. "
+            "Ask for fewer or shorter windows, or name a longer text."
+        )
+    starts = [(i * available // windows if spread else i) * length for i in range(windows)]
+    return torch.stack([ids[s : s + length] for s in starts])
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(tokenizer, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+
+
+def _encode(lm, text: str) -> torch.Tensor:
+    return _tokens(lm.tokenizer, text)
+
+
+def _manual(lm) -> torch.Tensor:
+    """The Python manual that ships with every interpreter, all topics in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return _encode(lm, "\n\n".join(topics[name] for name in sorted(topics)))
+
+
+def _read(source: str | os.PathLike) -> str:
+    if source == "prose":
+        files = sorted((paths.data() / "prose").glob("*.md"))
+        return "\n\n".join(f.read_text(encoding="utf-8").strip() for f in files)
+    if source in ("wikitext2", "c4"):
+        return _from_hub(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(
+            f"There is no text {str(source)!r}: name one of {', '.join(CORPORA)}, or a path to a text file."
+        )
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"The text file {str(path)!r} is empty.")
+    try:
+        if b"\0" in data:
+            raise ValueError
+        return data.decode("utf-8")
+    except ValueError:
+        raise ValueError(f"{str(path)!r} is not a UTF-8 text file.") from None
+
+
+def _from_hub(source: str) -> str:
+    """WikiText-2's test split joined by blank lines, as the papers do; or the first 2,000 validation documents of C4."""
+    try:
+        import datasets
+
+        if source == "wikitext2":
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+            return "\n\n".join(rows["text"])
+        rows = datasets.load_dataset("allenai/c4", "en", split="validation", streaming=True)
+        return "\n\n".join(row["text"] for row in track(rows.take(2000), "reading C4", total=2000))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The corpus {source!r} needs the package datasets and the hub, which did not answer ({reason}). "
+            "Without a network use 'manual', 'prose' or a text file."
+        ) from error

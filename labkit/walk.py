@@ -1,0 +1,232 @@
+"""The one block-by-block pass that all calibrated methods share.
+
+Blocks are visited in order. Each is fed what the already-compressed blocks before it produce; the statistic its linears
+need is gathered, once for linears that read the same input (q/k/v, gate/up); they are replaced; and the block, now
+compressed, computes the next block's input. Layers are found by walking, never by a file per architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from labkit.progress import track
+
+STATISTICS = ("none", "channel_norm", "hessian")
+
+
+@dataclass
+class Stats:
+    """What a linear's inputs looked like over the calibration, accumulated in fp32.
+
+    ``count``: input rows seen. ``square_sum``: (in,), sum of squares per input channel. ``gram``: (in, in), the sum of
+    x xᵀ, only for the statistic "hessian".
+    """
+
+    count: int = 0
+    square_sum: torch.Tensor | None = None
+    gram: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor, statistic: str) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.count += x.shape[0]
+        if statistic == "hessian":
+            if self.gram is None:
+                self.gram = x.new_zeros(x.shape[1], x.shape[1])
+            self.gram.addmm_(x.T, x)
+        else:
+            squares = x.square().sum(0)
+            self.square_sum = squares if self.square_sum is None else self.square_sum + squares
+
+    @property
+    def channel_norm(self) -> torch.Tensor:
+        """‖x_j‖₂ per input channel, (in,)."""
+        return (self.gram.diagonal() if self.gram is not None else self.square_sum).sqrt()
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """The mean of 2xxᵀ, (in, in): the Hessian of the layer's squared output error (GPTQ, section 3)."""
+        return self.gram * (2 / max(self.count, 1))
+
+
+Solve = Callable[[torch.Tensor, Stats], "torch.Tensor | object"]
+
+
+def blocks(model) -> nn.ModuleList:
+    """The decoder's list of blocks: the ModuleList that holds the most weights of linears."""
+
+    def weights(modules: nn.ModuleList) -> int:
+        return sum(weight_of(m).numel() for m in modules.modules() if is_linear(m))
+
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    best = max(lists, key=weights, default=None)
+    if best is None or weights(best) == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers: labkit cannot walk it."
+        )
+    return best
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's packed linears."""
+    from labkit.linear import PackedLinear
+
+    return isinstance(module, (nn.Linear, PackedLinear)) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight as (out, in), dequantized where it is packed."""
+    weight = module.weight
+    return weight.T if _is_conv1d(module) else weight
+
+
+def linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of one block, by path."""
+    return ((name, m) for name, m in block.named_modules() if is_linear(m))
+
+
+@torch.no_grad()
+def walk(lm, calib, statistic: str, solve: Solve, what: str = "compressing", progress: bool = True) -> None:
+    """Replace every linear of the decoder by ``solve(weight, stats)``, block by block, in place on ``lm``.
+
+    ``solve`` takes the weight (out, in) in fp32 and its :class:`Stats`, and returns a new weight of that shape or an
+    encoded one (``labkit.formats.Quantized``), which becomes a packed linear. Raises ValueError on a NaN in a weight or
+    in an activation, naming the layer.
+    """
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic = {statistic!r} is not allowed: it must be one of {', '.join(STATISTICS)}.")
+    stack = blocks(lm.model)
+    prefix = next(name for name, m in lm.model.named_modules() if m is stack)
+    flow = _Flow(lm.model, stack, calib.to(lm.device)) if statistic != "none" else None
+    for index in track(range(len(stack)), what, progress):
+        stats = flow.gather(index, statistic) if flow else {}
+        for name, module in list(linears(stack[index])):
+            weight = weight_of(module).detach().float()
+            path = f"{prefix}.{index}.{name}"
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"The weight of {path} holds NaN or infinity: load the model again or check its file.")
+            _replace(stack[index], name, module, solve(weight, stats.get(name, Stats())))
+        if flow:
+            flow.advance(index)
+
+
+def _replace(block: nn.Module, name: str, module: nn.Module, solved) -> None:
+    from labkit.linear import PackedLinear
+
+    if isinstance(solved, torch.Tensor):
+        if _is_conv1d(module):
+            module.weight = nn.Parameter(solved.T.contiguous().to(module.weight.dtype), requires_grad=False)
+        elif isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(solved.to(module.weight.dtype), requires_grad=False)
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, bias=False, dtype=solved.dtype)
+            dense.weight, dense.bias = nn.Parameter(solved, requires_grad=False), module.bias
+            block.set_submodule(name, dense)
+    else:
+        block.set_submodule(name, PackedLinear(solved, module.bias, dtype=weight_of(module).dtype))
+
+
+class _Stop(Exception):
+    """Ends a forward pass as soon as nothing more of it is needed."""
+
+
+class _Flow:
+    """The hidden states between blocks, and the other arguments (masks, rotary tables) that each block takes."""
+
+    def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor, batch: int = 8):
+        self.stack = stack
+        size = max(
+            d for d in range(1, min(batch, len(calib)) + 1) if len(calib) % d == 0
+        )  # equal batches: one mask fits all
+        self.extra: list[tuple[tuple, dict]] = [((), {})] * len(stack)
+        self.hidden: list[torch.Tensor] = []
+        for i, ids in enumerate(calib.split(size)):
+            self._capture(model, ids, everything=i == 0)
+
+    def _capture(self, model, ids: torch.Tensor, everything: bool) -> None:
+        """Record block 0's input, and in the first batch every block's other arguments."""
+
+        def record(index: int):
+            def hook(module, args, kwargs):
+                args, kwargs = list(args), dict(kwargs)
+                hidden = args.pop(0) if args else kwargs.pop("hidden_states")
+                if index == 0:
+                    self.hidden.append(hidden)
+                self.extra[index] = (tuple(args), kwargs)
+                if not everything:
+                    raise _Stop
+
+            return hook
+
+        picked = range(len(self.stack)) if everything else range(1)
+        handles = [self.stack[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in picked]
+        try:
+            model.base_model(ids, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for h in handles:
+                h.remove()
+
+    def gather(self, index: int, statistic: str) -> dict[str, Stats]:
+        """The statistics of one block's linears; linears that were handed the same tensor share one object."""
+        found: dict[str, Stats] = {}
+        leaders: dict[str, str] = {}  # linear -> the linear whose Stats it shares
+        seen: dict[int, str] = {}
+        order: list[str] = []
+        names = dict(linears(self.stack[index]))
+
+        def hook_for(name: str):
+            def hook(module, args):
+                x = args[0]
+                if name not in leaders:  # first batch: find out who shares
+                    leaders[name] = seen.setdefault(id(x), name)
+                    order.append(name)
+                    keep.append(x)  # an id is only unique while its tensor lives
+                if leaders[name] == name:
+                    found.setdefault(name, Stats()).add(x, statistic)
+                    # After the first batch the last leader is known: what follows is not needed for statistics.
+                    if not keep and name == last[0]:
+                        raise _Stop
+
+            return hook
+
+        keep: list[torch.Tensor] = []
+        last = [""]
+        handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in names.items()]
+        try:
+            for hidden in self.hidden:
+                try:
+                    self._run(index, hidden)
+                except _Stop:
+                    continue
+                finally:
+                    keep.clear()
+                    last[0] = [name for name in order if leaders[name] == name][-1]
+        finally:
+            for h in handles:
+                h.remove()
+        for name, stats in found.items():
+            total = stats.gram.diagonal() if stats.gram is not None else stats.square_sum
+            if not torch.isfinite(total).all():
+                raise ValueError(
+                    f"The inputs of {name} in block {index} hold NaN or infinity: check the model's weights."
+                )
+        return {name: found[leader] for name, leader in leaders.items()}
+
+    def advance(self, index: int) -> None:
+        """Run the (compressed) block: its outputs are the next block's inputs. The last block's are not needed."""
+        if index + 1 < len(self.stack):
+            self.hidden = [self._run(index, hidden) for hidden in self.hidden]
+
+    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self.extra[index]
+        out = self.stack[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
