@@ -1,37 +1,646 @@
-"""The command line: `labkit methods · fetch`."""
+"""The command line. Each method's flags are made from its knobs; torch is imported only by a command that needs it.
+
+Exit codes: 0 done; 1 it failed, or a check did not hold; 2 the input was bad; 130 interrupted.
+One sentence on stderr says why; with ``LABKIT_DEBUG=1`` the traceback is shown instead.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import os
 import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+OVERVIEW = """\
+commands:
+  methods    every technique and its knobs
+  show       one technique: what it does, its paper, each knob
+  compress   apply a technique, or several in a row, to a model and save it
+  measure    accuracy, memory and latency of a model, on this machine
+  sweep      measure many settings of a technique, into the store
+  regress    run the notebooks and compare their numbers with the baselines
+  fetch      download and check the model and other assets
+  doctor     is everything here that labkit needs?
+
+examples:
+  labkit compress rtn --bits 4 --group-size 64 --out small
+  labkit measure small --against default
+  labkit sweep rtn --bits 2,3,4 --group-size 32,64,none
+
+`labkit COMMAND --help` tells more.
+"""
+QUICK = {"windows": 2}  # --quick: 2 evaluation windows per text in place of 8
+MODEL_HELP = 'a folder, the id of a model on the hub, or "default": the embedded SmolLM2-135M-Instruct'
+
+
+class UsageError(Exception):
+    """Something on the command line is not allowed: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one sentence in place of the usage text, and no abbreviated flags."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` tells more.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="labkit", description="The LLM compression lab.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("methods", help="list every technique and its knobs")
-    fetch = commands.add_parser("fetch", help="get the model and other assets, checked and resumable")
-    fetch.add_argument("asset", nargs="*", help="names from data/manifest.toml; all of them by default")
-    args = parser.parse_args(argv)
-    if args.command == "methods":
-        import labkit
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _plain_warnings():
+            options = _parse(words)
+            return int(options.run(options) or 0)
+    except SystemExit as stop:  # argparse, after --help or --version
+        return int(stop.code or 0)
+    except BrokenPipeError:  # `labkit methods | head`
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as error:
+        _say("interrupted", error)
+        return 130
+    except Exception as error:
+        if os.environ.get("LABKIT_DEBUG", "") not in ("", "0"):
+            raise
+        bad_input = isinstance(error, UsageError | ValueError | FileExistsError)
+        ours = bad_input or isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "labkit"
+        text = " ".join(str(error).split())
+        _say(text if ours and text else f"{type(error).__name__}: {text} (LABKIT_DEBUG=1 shows where.)", error)
+        return 2 if bad_input else 1
 
-        for name, method in labkit.methods().items():
-            print(f"{name}: {method.summary()}")
-            for spec in method.knobs().values():
-                print(f"  {spec.name} = {spec.default!r}: {spec.help} Allowed: {spec.allowed}.")
-        return 0
-    from labkit import assets, embedded
+
+def _say(text: str, error: BaseException) -> None:
+    """Print to stderr, with what was noted on the error on its way up."""
+    for line in (f"labkit: {text}", *getattr(error, "__notes__", ())):
+        print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _plain_warnings():
+    """Show labkit's own warnings as a sentence, without the line of code that gave them."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, *args, **kwargs):
+            if category is UserWarning:
+                print(f"labkit: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *args, **kwargs)
+
+        warnings.showwarning = show
+        yield
+
+
+# The words
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    commands = _commands()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise UsageError(
+            f"There is no command {words[0]!r}{_close(words[0], commands)}. They are: {', '.join(commands)}."
+        )
+    if not words or words[0] not in ("compress", "sweep"):
+        return _parser().parse_args(words or ["--help"])
+    # argparse knows nothing of knobs, chains of methods, or values such as -3: those words are taken out first.
+    command = commands[words[0]](None)
+    takes_value = {flag: action.nargs != 0 for action in command._actions for flag in action.option_strings}
+    steps, rest = _split(words[1:], takes_value)
+    options = _parser(epilog="\n".join(_knob_table(cls) for cls, _ in steps)).parse_args([words[0], *rest])
+    if not steps:
+        raise UsageError(f"Name a method, as in `labkit {words[0]} rtn --bits 4`; `labkit methods` lists them.")
+    options.steps = steps
+    return options
+
+
+def _split(words: list[str], own: dict[str, bool]) -> tuple[list[tuple[type, dict[str, str]]], list[str]]:
+    """Sort words into methods with the texts of their knobs, and the command's own flags (flag -> takes a value)."""
+    steps, rest, words = [], [], list(words)
+    due = True  # the next bare word is a method's name
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in own:
+            rest.append(word)
+            if own[flag] and not equals and words:
+                rest.append(words.pop(0))
+        elif word == "+" and not due:
+            due = True
+        elif due and word != "+" and not word.startswith("-"):
+            steps.append((find_method(word), {}))
+            due = False
+        elif word.startswith("--") and not due:
+            cls, texts = steps[-1]
+            name = flag[2:].replace("-", "_")
+            knobs = cls.knobs()
+            if name not in knobs:
+                known = [_flag(k) for k in knobs] + [f for f in own if f.startswith("--")]
+                raise UsageError(
+                    f"{cls.__name__} has no flag {flag}{_close(flag, known)}. There are: {', '.join(known)}."
+                )
+            if name in texts:
+                raise UsageError(f"{flag} is given twice for {cls.__name__}.")
+            if not equals:
+                if knobs[name].type is bool and (not words or words[0] == "+" or words[0].startswith("--")):
+                    value = "true"  # --symmetric alone
+                elif not words:
+                    raise UsageError(f"{flag} needs a value: {knobs[name].allowed}.")
+                else:
+                    value = words.pop(0)
+            texts[name] = value
+        else:
+            due_text = "a method's name" if due else "a flag, or + and another method"
+            raise UsageError(f"{word!r} is not expected here, but {due_text}. `labkit methods` lists the methods.")
+    if steps and due:
+        raise UsageError("After the last + a method's name is missing.")
+    return steps, rest
+
+
+def find_method(word: str) -> type:
+    """The method with this name, in any case; UsageError with close matches where there is none."""
+    import labkit
+
+    known = labkit.methods()
+    plain = {name.lower(): name for name in known}
+    name = plain.get(word.lower().replace("-", "").replace("_", ""))
+    if name is None:
+        near = _close(word, {low: low for low in plain} | known, names=plain)
+        raise UsageError(f"There is no method {word!r}{near}. `labkit methods` lists all {len(known)}.")
+    return known[name]
+
+
+def _close(word: str, known, names: dict[str, str] | None = None) -> str:
+    """``": did you mean 'RTN'?"`` or nothing. ``names``: how a match is written in the answer."""
+    near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=2, cutoff=0.6)
+    near = list(dict.fromkeys(near))
+    return f": did you mean {' or '.join((names or {}).get(n, n) for n in near)}?" if near else ""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _method(cls: type, texts: dict[str, str]):
+    """An instance of a method from its knobs' texts; UsageError that names knob, value and what is allowed."""
+    knobs = cls.knobs()
+    try:
+        return cls(**{name: knobs[name].parse(text) for name, text in texts.items()})
+    except ValueError as error:
+        raise UsageError(_owned(cls, error)) from error
+
+
+def _owned(cls: type, error: ValueError) -> str:
+    """Knob.parse does not know whose knob it is."""
+    text = str(error)
+    return text if text.startswith(cls.__name__) else f"{cls.__name__}.{text}"
+
+
+def _knob_table(cls: type) -> str:
+    lines = [f"knobs of {cls.__name__}:"]
+    for name, k in cls.knobs().items():
+        head = f"  {_flag(name)} {'none' if k.default is None else k.default}"
+        lines.append(f"{head:<24}  {k.allowed}")
+        lines += textwrap.wrap(k.help, 110, initial_indent=" " * 26, subsequent_indent=" " * 26)
+    return "\n".join(lines) + "\n"
+
+
+# The parsers
+
+
+def _parser(epilog: str = "") -> Parser:
+    parser = Parser(
+        prog="labkit",
+        description="What is the bottleneck of a language model, and which compression technique shifts it?",
+        epilog=OVERVIEW,
+        usage="labkit COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"labkit {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, required=True)
+    for make in _commands().values():
+        made = make(subparsers)
+        made.epilog = "\n\n".join(filter(None, [epilog, made.epilog]))
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
-        for name in args.asset or assets.assets():
-            print(f"{name}: {assets.fetch(name)}")
-        print(f"model: {embedded.folder()}")
-    except assets.AssetError as error:
-        print(f"labkit: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return version("labkit")
+    except PackageNotFoundError:  # a bare checkout on the path
+        return "(not installed)"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _commands() -> dict:
+    """Command -> function that makes its parser, under ``labkit`` or (given None) alone."""
+    return {
+        "methods": _methods_parser,
+        "show": _show_parser,
+        "compress": _compress_parser,
+        "measure": _measure_parser,
+        "sweep": _sweep_parser,
+        "regress": _regress_parser,
+        "fetch": _fetch_parser,
+        "doctor": _doctor_parser,
+    }
+
+
+def _command(subparsers, name: str, run, help: str, examples: str, usage: str | None = None) -> Parser:
+    text = "examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ")
+    kwargs = {"description": help, "epilog": text, "usage": usage}
+    parser = Parser(prog=f"labkit {name}", **kwargs) if subparsers is None else subparsers.add_parser(name, **kwargs)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _no_progress(parser: Parser) -> None:
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="draw no progress bars")
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be a number above 0")
+    return value
+
+
+# labkit methods, labkit show
+
+
+def _methods_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "methods",
+        _run_methods,
+        "Every technique that labkit has, and its knobs with their defaults.",
+        "labkit methods\nlabkit methods --json",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, with what each knob allows")
+    return parser
+
+
+def _run_methods(options) -> None:
+    import labkit
+
+    found = labkit.methods()
+    if options.json:
+        print(json.dumps({name: _described(cls) for name, cls in found.items()}, indent=1))
+        return
+    rows = [("method", "kind", "calibrated", "knobs and their defaults")]
+    for name, cls in found.items():
+        knobs = "  ".join(f"{_flag(n)} {'none' if k.default is None else k.default}" for n, k in cls.knobs().items())
+        rows.append((name, cls.kind, "yes" if cls.calibrated else "no", knobs))
+    print(_columns(rows))
+    print("\n`labkit show METHOD` tells what a method does and what each knob allows.")
+
+
+def _described(cls: type) -> dict:
+    fields = ("default", "low", "high", "choices", "none", "allowed", "help")
+    knobs = {n: {"type": k.type.__name__} | {f: getattr(k, f) for f in fields} for n, k in cls.knobs().items()}
+    return {
+        "summary": cls.summary(),
+        "kind": cls.kind,
+        "paper": cls.paper,
+        "calibrated": cls.calibrated,
+        "knobs": knobs,
+    }
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    """A plain text table: columns as wide as their widest cell; the last one unpadded."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def _show_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "show",
+        _run_show,
+        "What a technique does, where it comes from, and what each of its knobs allows.",
+        "labkit show rtn",
+    )
+    parser.add_argument("method", metavar="METHOD", help="its name, in any case; `labkit methods` lists them")
+    return parser
+
+
+def _run_show(options) -> None:
+    cls = find_method(options.method)
+    made = cls()
+    flags = " ".join(f"{_flag(n)} {'none' if v is None else v}" for n, v in made.values().items())
+    print(f"{cls.__name__} ({cls.kind})\n")
+    print(inspect.getdoc(cls) + "\n")
+    if cls.paper:
+        print(f"paper: {cls.paper}")
+    print(f"calibration text: {'needed' if cls.calibrated else 'not needed'}\n")
+    print(_knob_table(cls))
+    print(f"in Python:  labkit.{made!r}(lm)")
+    print(f"here:       labkit compress {cls.__name__.lower()} {flags} --out DIR")
+
+
+# labkit compress
+
+
+def _compress_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "compress",
+        _run_compress,
+        "Compress a model with one technique, or with several one after the other, and save it to a new folder.",
+        """
+        labkit compress rtn --bits 4 --group-size 64 --out small
+        labkit compress rtn --bits 8 + rtn --bits 4 --group-size none --out smaller
+        labkit compress rtn --help
+        """,
+        usage="labkit compress METHOD [--KNOB VALUE ...] [+ METHOD ...] --out DIR [--model MODEL]",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="the new folder; labkit.load(DIR) reads it back")
+    parser.add_argument("--model", default="default", help=MODEL_HELP)
+    parser.add_argument(
+        "--calib", metavar="TEXT", help='calibrate on "mixed" (default), "manual", "self" or a text file'
+    )
+    _no_progress(parser)
+    return parser
+
+
+def _run_compress(options) -> None:
+    import labkit
+    from labkit.results import calibrated
+
+    parts = [_method(cls, texts) for cls, texts in options.steps]
+    method = parts[0] if len(parts) == 1 else labkit.Recipe(*parts)
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # known before an hour of work, not after
+        raise UsageError(f"{out} exists and is not an empty folder: name a new one with --out.")
+    lm = load_model(options.model)
+    calib = None
+    if options.calib and calibrated(method):
+        calib = labkit.text.calibration(lm, source=options.calib)
+    elif options.calib:
+        print(f"labkit: {method!r} uses no calibration text; --calib is not needed.", file=sys.stderr)
+    small = method(lm, calib, options.progress)
+    small.save(out)
+    bits = labkit.measure.memory.bits_per_weight if hasattr(labkit.measure, "memory") else None
+    if bits is None:
+        from labkit.measure.memory import bits_per_weight as bits
+    print(f"{method!r} on {lm.name}")
+    print(f"  weights held: {lm.nbytes / 1e6:.1f} MB -> {small.nbytes / 1e6:.1f} MB")
+    print(f"  bits per linear weight: {bits(lm):.2f} -> {bits(small):.2f}")
+    print(f"  saved in {out}: labkit.load({str(out)!r}), or `labkit measure {out} --against {options.model}`")
+
+
+def load_model(name: str):
+    """labkit.load for a MODEL of the command line."""
+    import labkit
+
+    if name != "default" and Path(name).is_file():
+        raise UsageError(f"{name} is a file: MODEL is {MODEL_HELP}.")
+    return labkit.load(None if name == "default" else name)
+
+
+# labkit measure
+
+
+def _measure_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "measure",
+        _run_measure,
+        "Measure accuracy, memory and latency of a model, now and on this machine.",
+        """
+        labkit measure default --quick
+        labkit measure small --against default
+        labkit measure small --against default --text manual --text my_essay.txt --json
+        """,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the uncompressed model: adds KL, agreement and speed ratios"
+    )
+    parser.add_argument(
+        "--text", action="append", help="a corpus or a text file; may be repeated (default: manual, prose)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK['windows']} windows of each text in place of 8")
+    parser.add_argument("--no-latency", dest="latency", action="store_false", help="leave the timing out")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    _no_progress(parser)
+    return parser
+
+
+def _run_measure(options) -> None:
+    import labkit
+
+    settings = {"latency": options.latency, "progress": options.progress} | (QUICK if options.quick else {})
+    if options.text:
+        settings["texts"] = tuple(options.text)
+    # What is said on the way goes to stderr, so that stdout is the result and nothing else.
+    with contextlib.redirect_stdout(sys.stderr):
+        lm = load_model(options.model)
+        against = load_model(options.against) if options.against else None
+        found = labkit.measure(lm, against=against, **settings)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else found)
+
+
+# labkit sweep
+
+
+def _sweep_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "sweep",
+        _run_sweep,
+        "Measure every combination of the given knob values and keep the results in the store. What is there already "
+        "is not measured again, so an interrupted sweep goes on where it stopped.",
+        """
+        labkit sweep rtn --bits 2,3,4 --group-size 32,64,none
+        labkit sweep rtn --bits 2,3,4,5,6,7,8 --quick --no-latency --export rtn.jsonl
+        labkit sweep rtn --help
+        """,
+        usage="labkit sweep METHOD [--KNOB VALUE,VALUE,... ...] [--model MODEL] [--quick] [--export FILE]",
+    )
+    parser.add_argument("--model", default="default", help=MODEL_HELP)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK['windows']} windows of each text in place of 8")
+    parser.add_argument("--no-latency", dest="latency", action="store_false", help="leave the timing out")
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="then write all rows of this model, these texts and this machine, as JSON lines",
+    )
+    _no_progress(parser)
+    return parser
+
+
+def _run_sweep(options) -> None:
+    import labkit
+    from labkit.results import Key
+    from labkit.sweep import parse_grid, sweep, text_hashes
+
+    if len(options.steps) > 1:
+        raise UsageError("sweep takes one method; `labkit compress` can chain several.")
+    cls, texts = options.steps[0]
+    try:
+        settings = parse_grid(cls, texts)
+    except ValueError as error:
+        raise UsageError(_owned(cls, error)) from error
+    if options.export and not Path(options.export).absolute().parent.is_dir():
+        raise UsageError(f"--export {options.export}: there is no such folder. Make it, or name another file.")
+    lm, store = load_model(options.model), labkit.Store()
+    quick = QUICK if options.quick else {}
+    hashes = text_hashes(lm, ("manual", "prose"), **quick)
+    found = sweep(lm, settings, store, hashes=hashes, latency=options.latency, progress=options.progress, **quick)
+    print(_columns([_HEAD, *map(_row, found)]))
+    if options.export:
+        key = Key.of(lm, None, hashes)
+        same = {name: getattr(key, name) for name in ("model", "texts", "machine", "versions")}
+        print(f"{store.export(options.export, **same)} rows written to {options.export}.")
+
+
+_HEAD = ("method", "KL manual", "KL prose", "perplexity manual", "prose", "bits/weight", "MB held", "decode ms")
+
+
+def _row(m) -> tuple[str, ...]:
+    def number(value, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    texts = [m.quality[t] for t in ("manual", "prose")]
+    return (
+        m.method,
+        *(number(t.kl, 4) for t in texts),
+        *(number(t.perplexity, 2) for t in texts),
+        number(m.memory.bits_per_weight, 2),
+        number(m.memory.weights / 1e6, 1),
+        number(m.latency and m.latency.decode_ms, 1),
+    )
+
+
+# labkit regress
+
+
+def _regress_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "regress",
+        _run_regress,
+        "Run notebooks with papermill, compare the numbers they record with tests/baselines, and check their budgets of "
+        "time and memory. Exit code 1 on drift, a missing number, an error, a timeout or a budget that is exceeded.",
+        """
+        labkit regress
+        labkit regress 00 01 --max-seconds 180
+        labkit regress notebooks/01_find_the_bottleneck.ipynb --profile full --timeout 900
+        labkit regress --update          # these numbers are the baselines from now on
+        """,
+    )
+    parser.add_argument(
+        "notebooks",
+        metavar="NOTEBOOK",
+        nargs="*",
+        help="a file, or how a name in notebooks/ begins (default: all there)",
+    )
+    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="the parameter PROFILE (quick)")
+    parser.add_argument(
+        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 600, full 1800)"
+    )
+    parser.add_argument("--cell-timeout", type=_above_zero, metavar="S", help="seconds for a cell (half of --timeout)")
+    parser.add_argument("--max-seconds", type=_above_zero, metavar="S", help="budget of time (quick 90, full 360)")
+    parser.add_argument("--max-gb", type=_above_zero, metavar="GB", help="budget of peak memory (quick 2, full none)")
+    parser.add_argument(
+        "--update", action="store_true", help="make this run's numbers the baselines, if nothing failed"
+    )
+    parser.add_argument(
+        "--out", default="reports", metavar="DIR", help="for the reports and executed notebooks (reports/)"
+    )
+    parser.add_argument("--baselines", metavar="DIR", help="where the baselines are (tests/baselines)")
+    return parser
+
+
+def _run_regress(options) -> int:
+    from labkit import regress
+
+    report = regress.run(
+        regress.find(options.notebooks),
+        profile=options.profile,
+        out=options.out,
+        timeout=options.timeout,
+        cell_timeout=options.cell_timeout,
+        max_seconds=options.max_seconds,
+        max_gb=options.max_gb,
+        update=options.update,
+        baselines=options.baselines,
+    )
+    print(f"\n{report}")
+    return 0 if report.ok else 1
+
+
+# labkit fetch
+
+
+def _fetch_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "fetch",
+        _run_fetch,
+        "Download the model and other assets that labkit does not ship, check their sha256, and convert the model, once. "
+        "What is there already is kept; what was interrupted goes on.",
+        "labkit fetch\nlabkit fetch smollm2-135m-instruct --no-progress",
+    )
+    parser.add_argument("assets", metavar="ASSET", nargs="*", help="names in data/manifest.toml (default: all)")
+    _no_progress(parser)
+    return parser
+
+
+def _run_fetch(options) -> None:
+    from labkit import assets
+
+    known = assets.assets()
+    for name in options.assets:
+        if name not in known:
+            raise UsageError(f"There is no asset {name!r}{_close(name, known)}. They are: {', '.join(known)}.")
+    names = options.assets or list(known)
+    for name in names:
+        path = assets.fetch(name, progress=options.progress)
+        print(f"{name}: {path.stat().st_size / 1e6:.1f} MB, checked, in {path}")
+    import labkit
+    from labkit import embedded
+
+    if embedded.ASSET in names:
+        lm = labkit.load()
+        print(
+            f"{lm.name}: converted and ready ({lm.nbytes / 1e6:.1f} MB in memory); labkit.load() needs no network now."
+        )
+
+
+# labkit doctor
+
+
+def _doctor_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "doctor",
+        _run_doctor,
+        "Look at this machine and say what works, what does not, and what to do. Exit code 1 where something must be done.",
+        "labkit doctor\nlabkit doctor --no-network",
+    )
+    parser.add_argument("--no-network", dest="network", action="store_false", help="do not ask whether the hub answers")
+    return parser
+
+
+def _run_doctor(options) -> int:
+    from labkit import doctor
+
+    found = doctor.report(network=options.network)
+    print(found)
+    return 0 if found.ok else 1

@@ -280,8 +280,10 @@ def test_roofline_is_a_roofline():
         {"name": "prefill", "intensity": 200, "speed": 40e9, "group": "prefill", "note": "512 tokens"},
     ]
     figure = plots.roofline(roof, dots, others)
-    lines = {t.name: t for t in figure.data if t.mode == "lines"}
-    mine = lines["this machine, fp32 (measured)"]
+    lines = {
+        t.name if "measured" in t.name else t.hovertext[0].split("<br>")[0]: t for t in figure.data if t.mode == "lines"
+    }
+    mine = lines["fp32 (measured)"]
     assert 8.0 in mine.x and mine.y[mine.x.index(8.0)] == 80.0  # the ridge: 80 GFLOP/s over 10 GB/s
     assert all(y == pytest.approx(min(80, 10 * x)) for x, y in zip(mine.x, mine.y))
     assert "limited by memory" in mine.hovertext[0] and "limited by arithmetic" in mine.hovertext[-1]
@@ -292,9 +294,16 @@ def test_roofline_is_a_roofline():
     assert decode.y == (4.0,) and "80 % of what the roof allows (fp32)" in decode.hovertext[0]
     assert "512 tokens" in prefill.hovertext[0] and "50 %" in prefill.hovertext[0]
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert [t.showlegend for t in figure.data[:2]] == [True, False]  # one entry for all the grey lines
     text = svg.draw(figure, width=800, height=460)
     assert "A card" in text and "ridge: 8 FLOP/byte" in text
     assert plots.roofline(roof, {"one": (1.0, 5e9)}).data[-1].text == ("one",)
+
+
+def test_labels_are_pushed_apart_in_their_order():
+    places = plots._apart({"low": 10.0, "a": 1000.0, "b": 990.0, "c": 1001.0}, gap=0.2, top=2.9)
+    assert list(places) == ["c", "a", "b", "low"]
+    assert list(places.values()) == pytest.approx([2.9, 2.7, 2.5, 1.0])
 
 
 def test_histogram_counts_here_and_not_in_the_page():
@@ -336,7 +345,8 @@ def test_svg_is_valid_small_and_readable_in_both_themes():
     text = svg.draw(*v.figures, label=v.sentence)
     ElementTree.fromstring(text)
     assert len(text) < 10_000
-    assert "prefers-color-scheme:dark" in text and "class='bg'" in text
+    assert "prefers-color-scheme:dark" in text and "class='bg' fill='#fff'" in text
+    assert ElementTree.fromstring(text).get("fill") == "#3b3b3b"  # where styles are stripped: dark text on white
     for shown in ("Accuracy", "Memory", "Latency", "2.6x as fast", "perplexity", "ms per token", "19.5", "0.30"):
         assert shown in text, shown
     odd = plots.lines({"<a> & b": ([1, 2], [3, math.nan])}, "x <", "y &", logx=True, logy=True)

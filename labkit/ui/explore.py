@@ -40,7 +40,7 @@ def explore(
         True for functions that measure: they wait until the hand rests, and never run two at a time.
     **settings
         One control each: a list of positions becomes a slider, strings become buttons, a dict of label: value a
-        slider with those labels, True or False a check box, a Knob its own control, a widget stays itself.
+        slider with those labels, True or False (or a list of both) a check box, a Knob its own control, a widget stays itself.
 
     Returns
     -------
@@ -137,8 +137,9 @@ def _control(name: str, spec, start: Mapping):
         return spec
     if isinstance(spec, Knob):
         return controls.control(spec, spec.check(start.get(name, spec.default)))
-    if isinstance(spec, bool):
-        return controls.control(Knob(name, bool, spec), start.get(name, spec))
+    if isinstance(spec, bool) or spec in ([False, True], [True, False]):
+        first = spec if isinstance(spec, bool) else spec[0]
+        return controls.control(Knob(name, bool, first), start.get(name, first))
     options = list(spec.items()) if isinstance(spec, Mapping) else [(_shown(v), v) for v in spec]
     if not options:
         raise ValueError(f"explore's setting {name} has no positions to choose from.")

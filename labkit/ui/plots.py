@@ -125,15 +125,15 @@ def roofline(
     names = list(dtypes or roof.peaks)
     low = min([0.1, *(p["intensity"] / 2 for p in points)])
     high = max([1000.0, *(4 * roof.ridge(d) for d in names), *(2 * p["intensity"] for p in points)])
-    data, notes = [], []
+    data, labels = [], {}
     for other in (catalogue or {}).values():
         dtype = next((d for d in (*names, "bf16", "fp16", *other.peaks) if d in other.peaks), None)
-        label = f"{other.name}, {dtype or 'bandwidth alone'} ({other.label})"
-        data.append(_roof(other, dtype, label, low, high, theme.GREY, 1.2, "dash") | {"showlegend": False})
-        # Named on the line: a legend could not tell five grey lines apart.
-        notes.append(_note(label, high, other.attainable(high, dtype), "right"))
+        label = f"{other.name}, {dtype or 'bandwidth alone'}"
+        line = _roof(other, dtype, f"{label} ({other.label})", low, high, theme.GREY, 1.2, "dash")
+        data.append(line | {"name": f"others ({other.label})", "legendgroup": "others", "showlegend": not labels})
+        labels[label] = line["y"][-1]
     for dtype, color in zip(names, _cycle((theme.BLUE, theme.SKY, theme.GREEN), len(names))):
-        data.append(_roof(roof, dtype, f"{roof.name}, {dtype} ({roof.label})", low, high, color, 3, "solid"))
+        data.append(_roof(roof, dtype, f"{dtype} ({roof.label})", low, high, color, 3, "solid"))
     groups = list(dict.fromkeys(p.get("group", "measured") for p in points))
     for group, color in zip(groups, _cycle((theme.VERMILION, theme.ORANGE, theme.PURPLE), len(groups))):
         mine = [p for p in points if p.get("group", "measured") == group]
@@ -152,18 +152,25 @@ def roofline(
                 "marker": {"color": color, "size": 10, "line": {"width": 1, "color": "white"}},
             }
         )
+    speeds = [y for trace in data for y in trace["y"] if y > 0] or [1.0]
+    span = [math.log10(min(speeds)) - 0.1, math.log10(max(speeds)) + 0.3]
+    room = height - 84 - 48
+    notes = []
+    # Named beside the plot and pushed apart: a legend could not tell ten grey lines from each other.
+    for label, y in _apart(labels, 13 * (span[1] - span[0]) / room, span[1]).items():
+        notes.append(_note(label, 1.005, y, "left") | {"xref": "paper", "yanchor": "middle"})
     if names:
-        ridge = roof.ridge(names[0])
-        notes.append(_note(f"ridge: {ridge:.3g} FLOP/byte", ridge, roof.peak(names[0]), "left"))
+        ridge, peak = roof.ridge(names[0]), roof.peak(names[0])
+        notes.append(_note(f"ridge: {ridge:.3g} FLOP/byte", math.log10(ridge), math.log10(peak / 1e9), "left"))
     return go.Figure(
         data,
         layout(
             title or f"Roofline of {roof.name}: {roof.bandwidth / 1e9:.1f} GB/s",
             height,
-            xaxis=axis("arithmetic intensity, FLOP per byte", log=True, range=[math.log10(low), math.log10(high)]),
-            yaxis=axis("speed, GFLOP/s", log=True),
+            xaxis=axis("arithmetic intensity, FLOP per byte", True, range=[math.log10(low), math.log10(high)], dtick=1),
+            yaxis=axis("speed, GFLOP/s", True, range=span, dtick=1),
             annotations=notes,
-            margin={"l": 64, "r": 16, "t": 96, "b": 48},
+            margin={"l": 64, "r": 16 + 5 * max(map(len, labels), default=0), "t": 84, "b": 48},
         ),
     )
 
@@ -189,10 +196,19 @@ def _roof(machine, dtype: str | None, label: str, low: float, high: float, color
     }
 
 
-def _note(text: str, intensity: float, speed: float, xanchor: str) -> dict:
-    """A small text above a point of the roofline; plotly places annotations on log axes by their exponent."""
-    place = {"x": math.log10(intensity), "y": math.log10(speed / 1e9), "xref": "x", "yref": "y"}
-    return place | {"text": text, "showarrow": False, "xanchor": xanchor, "yanchor": "bottom", "font": {"size": 10}}
+def _note(text: str, x: float, y: float, xanchor: str) -> dict:
+    """A small text; plotly places annotations on log axes by their exponent."""
+    place = {"x": x, "y": y, "xref": "x", "yref": "y", "xanchor": xanchor, "yanchor": "bottom"}
+    return place | {"text": text, "showarrow": False, "font": {"size": 10}}
+
+
+def _apart(labels: Mapping[str, float], gap: float, top: float) -> dict[str, float]:
+    """Heights in powers of ten for labels at these values, in their order, at least ``gap`` apart, none over ``top``."""
+    places, ceiling = {}, top
+    for label, value in sorted(labels.items(), key=lambda item: -item[1]):
+        places[label] = min(math.log10(value), ceiling)
+        ceiling = places[label] - gap
+    return places
 
 
 def _hover(roof, point: Mapping, dtypes: Sequence[str]) -> str:

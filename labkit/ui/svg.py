@@ -11,11 +11,13 @@ import math
 import re
 from html import escape, unescape
 
+# Colours stand as attributes, which survive where a page strips styles; the style only adds the dark setting. Its
+# rules name our own class, since nbconvert puts the SVG right into the page.
 STYLE = (
-    "<style>.bg{fill:#fff}text{font:11px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#3b3b3b}"
-    ".t{font-size:13px;font-weight:600}.g{stroke:#8888;stroke-width:.5}.e{stroke:#555;stroke-width:1.2;fill:none}"
-    "@media(prefers-color-scheme:dark){.bg{fill:#14171a}text{fill:#d8d8d8}.e{stroke:#bbb}}</style>"
+    "<style>@media(prefers-color-scheme:dark){.labkit-svg .bg{fill:#14171a}.labkit-svg text{fill:#d8d8d8}"
+    ".labkit-svg .e{stroke:#bbb}}</style>"
 )
+INK, EDGE, GRID = "#3b3b3b", "fill='none' stroke='#555' stroke-width='1.2'", "stroke='#8888' stroke-width='.5'"
 CHAR = 6.0  # px a character takes at 11 px, on average
 DASHES = {"dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3"}
 
@@ -29,15 +31,16 @@ def draw(*figures, width: int = 340, height: int = 300, label: str = "") -> str:
     name = f"<title>{escape(label)}</title>" if label else ""
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {total} {height}' width='{total}' height='{height}' "
-        f"role='img'>{name}{STYLE}<rect class='bg' width='{total}' height='{height}' rx='6'/>{''.join(parts)}</svg>"
+        f"role='img' class='labkit-svg' fill='{INK}' font-family='system-ui, sans-serif' font-size='11'>{name}{STYLE}"
+        f"<rect class='bg' fill='#fff' width='{total}' height='{height}' rx='6'/>{''.join(parts)}</svg>"
     )
 
 
 def _figure(fig, width: int, height: int) -> str:
     layout = fig.layout
     legend, rows = _legend(fig, width)
-    top, bottom, left, right = 34 + 16 * rows, 46, 58, 18
-    out = [_text(14, 20, _plain(layout.title.text or ""), "start", "t"), legend]
+    top, bottom, left, right = 34 + 16 * rows, 46, 58, max(18, layout.margin.r or 0)
+    out = [_text(14, 20, _plain(layout.title.text or ""), "start", title=True), legend]
     frames = {}
     for suffix in _axes(fig):
         xs, ys = layout["xaxis" + suffix], layout["yaxis" + suffix]
@@ -98,7 +101,7 @@ class _Frame:
         out = []
         for v in _ticks(self.y, self.ylog, (self.bottom - self.top) / 32):
             y = self.py(v)
-            out.append(f"<line class='g' x1='{self.left:.1f}' x2='{self.right:.1f}' y1='{y:.1f}' y2='{y:.1f}'/>")
+            out.append(f"<line {GRID} x1='{self.left:.1f}' x2='{self.right:.1f}' y1='{y:.1f}' y2='{y:.1f}'/>")
             out.append(_text(self.left - 5, y + 4, _label(v), "end"))
         if self.categories:
             for c in self.categories:
@@ -106,9 +109,9 @@ class _Frame:
         else:
             for v in _ticks(self.x, self.xlog, (self.right - self.left) / 55):
                 x = self.px(v)
-                out.append(f"<line class='g' x1='{x:.1f}' x2='{x:.1f}' y1='{self.top:.1f}' y2='{self.bottom:.1f}'/>")
+                out.append(f"<line {GRID} x1='{x:.1f}' x2='{x:.1f}' y1='{self.top:.1f}' y2='{self.bottom:.1f}'/>")
                 out.append(_text(x, self.bottom + 15, _label(v)))
-        out.append(f"<path class='e' d='M{self.left:.1f} {self.bottom:.1f}H{self.right:.1f}'/>")
+        out.append(f"<path class='e' {EDGE} d='M{self.left:.1f} {self.bottom:.1f}H{self.right:.1f}'/>")
         if xaxis.title.text:
             out.append(_text((self.left + self.right) / 2, self.bottom + 34, _plain(xaxis.title.text)))
         if yaxis.title.text:
@@ -150,7 +153,7 @@ class _Frame:
             if j < len(errors) and errors[j]:
                 a, b = self.py(y + errors[j]), self.py(max(y - errors[j], floor))
                 out.append(
-                    f"<path class='e' d='M{mid:.1f} {a:.1f}V{b:.1f}M{mid - 3:.1f} {a:.1f}h6M{mid - 3:.1f} {b:.1f}h6'/>"
+                    f"<path class='e' {EDGE} d='M{mid:.1f} {a:.1f}V{b:.1f}M{mid - 3:.1f} {a:.1f}h6M{mid - 3:.1f} {b:.1f}h6'/>"
                 )
                 top = min(top, a)
             if j < len(labels) and labels[j]:
@@ -179,14 +182,11 @@ class _Frame:
 
 def _annotation(note, frames, box) -> str:
     left, right, top, bottom = box
-    frame = frames.get((note.xref or "x").split()[0][1:]) if note.xref != "paper" else None
-    if frame is None:
-        x, y = left + note.x * (right - left), bottom - note.y * (bottom - top)
-    else:
-        x = frame.px(10**note.x if frame.xlog else note.x)
-        y = frame.py(10**note.y if frame.ylog else note.y)
+    x_frame, y_frame = (frames.get(ref[1:]) if ref != "paper" else None for ref in (note.xref or "x", note.yref or "y"))
+    x = x_frame.px(10**note.x if x_frame.xlog else note.x) if x_frame else left + note.x * (right - left)
+    y = y_frame.py(10**note.y if y_frame.ylog else note.y) if y_frame else bottom - note.y * (bottom - top)
     anchor = {"left": "start", "right": "end"}.get(note.xanchor, "middle")
-    return _text(x, y - 5, _plain(note.text or ""), anchor)
+    return _text(x, y + (4 if note.yanchor == "middle" else -5), _plain(note.text or ""), anchor)
 
 
 def _legend(fig, width: int) -> tuple[str, int]:
@@ -259,8 +259,8 @@ def _plain(text: str) -> str:
     return unescape(re.sub(r"<[^>]+>", "", re.sub(r"<br\s*/?>", " ", text)))
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", css: str = "") -> str:
+def _text(x: float, y: float, text: str, anchor: str = "middle", title: bool = False) -> str:
     if not text:
         return ""
-    kind = f" class='{css}'" if css else ""
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'{kind}>{escape(text)}</text>"
+    bold = " font-size='13' font-weight='600'" if title else ""
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'{bold}>{escape(text)}</text>"

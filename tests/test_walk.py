@@ -1,0 +1,92 @@
+"""The walk: every family, statistics against a direct computation, inputs from compressed blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from labkit import RTN
+from labkit.formats import Integer
+from labkit.linear import PackedLinear
+from labkit.walk import linears, walk, weight_of
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 96, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def record_inputs(model, windows):
+    """An independent look at every linear's input: hooks over whole forward passes."""
+    seen = {}
+    handles = [
+        m.register_forward_pre_hook(lambda mod, args, n=n: seen.setdefault(n, []).append(args[0]))
+        for n, m in linears(model)
+    ]
+    with torch.no_grad():
+        for ids in windows:
+            model(ids[None], use_cache=False)
+    for h in handles:
+        h.remove()
+    return {n: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double() for n, xs in seen.items()}
+
+
+@pytest.mark.parametrize("statistic", ["channel_norm", "hessian"])
+def test_statistics_are_exact_on_every_family(each_family, windows, statistic):
+    inputs = record_inputs(each_family.model, windows)
+    by_weight = {weight_of(m).data_ptr(): n for n, m in linears(each_family.model)}
+    checked = []
+
+    def solve(weight, stats):
+        name = by_weight[weight.data_ptr()]
+        x = inputs[name]
+        assert stats.count == len(x) or stats.count > 0
+        torch.testing.assert_close(stats.channel_norm.double(), x.square().sum(0).sqrt(), rtol=1e-4, atol=1e-4)
+        if statistic == "hessian":
+            torch.testing.assert_close(stats.hessian.double(), 2 * x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        checked.append(name)
+        return weight
+
+    walk(each_family, windows, statistic, solve, progress=False)
+    inside = [n for n in inputs if "head" not in n and "embed_out" not in n]
+    assert sorted(checked) == sorted(inside)
+
+
+def test_blocks_see_what_compressed_blocks_produce(tiny_lm, windows):
+    """Second block's statistic equals the one from a forward pass through a model whose first block is quantized."""
+    form = Integer(3, 16)
+    norms = []
+
+    def solve(weight, stats):
+        norms.append(stats.channel_norm)
+        return form.encode(weight)
+
+    small = tiny_lm.copy()
+    walk(small, windows, "channel_norm", solve, progress=False)
+    oracle = RTN(bits=3, group_size=16)(tiny_lm, progress=False)
+    inputs = record_inputs(oracle.model, windows)
+    name = "model.layers.1.self_attn.q_proj"
+    second_block = norms[len(norms) // 2]
+    torch.testing.assert_close(second_block.double(), inputs[name].square().sum(0).sqrt(), rtol=1e-4, atol=1e-4)
+    dense = record_inputs(tiny_lm.model, windows)[name].square().sum(0).sqrt()
+    assert not torch.allclose(second_block.double(), dense, rtol=1e-3)
+
+
+def test_rtn_on_every_family(each_family, windows):
+    small = RTN(bits=4, group_size=32)(each_family, progress=False)
+    packed = [m for m in small.model.modules() if isinstance(m, PackedLinear)]
+    assert len(packed) >= 8
+    with torch.inference_mode():
+        assert torch.isfinite(small.model(windows).logits).all()
+        assert small.model(windows[:1, :3]).logits.shape == (1, 3, 96)
+
+
+def test_shared_inputs_are_gathered_once(tiny_lm, windows):
+    grams = []
+    walk(tiny_lm.copy(), windows, "hessian", lambda w, s: grams.append(s) or w, progress=False)
+    assert len(grams) == 14 and len({id(s) for s in grams}) == 8  # q/k/v share, gate/up share
+
+
+def test_unknown_statistic(tiny_lm, windows):
+    with pytest.raises(ValueError, match="statistic = 'mean' is not allowed"):
+        walk(tiny_lm, windows, "mean", lambda w, s: w)
