@@ -35,6 +35,7 @@ examples:
 
 `labkit COMMAND --help` tells more.
 """
+TAKES_METHODS = ("compress", "sweep")
 QUICK = {"windows": 2}  # --quick: 2 evaluation windows per text in place of 8
 MODEL_HELP = 'a folder, the id of a model on the hub, or "default": the embedded SmolLM2-135M-Instruct'
 
@@ -111,15 +112,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
         raise UsageError(
             f"There is no command {words[0]!r}{_close(words[0], commands)}. They are: {', '.join(commands)}."
         )
-    if not words or words[0] not in ("compress", "sweep"):
+    if not words or words[0] not in TAKES_METHODS:
         return _parser().parse_args(words or ["--help"])
     # argparse knows nothing of knobs, chains of methods, or values such as -3: those words are taken out first.
     command = commands[words[0]](None)
     takes_value = {flag: action.nargs != 0 for action in command._actions for flag in action.option_strings}
     steps, rest = _split(words[1:], takes_value)
-    options = _parser(epilog="\n".join(_knob_table(cls) for cls, _ in steps)).parse_args([words[0], *rest])
-    if not steps:
+    if not steps and not {"-h", "--help"} & set(rest):
         raise UsageError(f"Name a method, as in `labkit {words[0]} rtn --bits 4`; `labkit methods` lists them.")
+    knobs = "\n".join(_knob_table(cls) for cls in dict.fromkeys(cls for cls, _ in steps))
+    options = _parser(knobs).parse_args([words[0], *rest])
     options.steps = steps
     return options
 
@@ -172,19 +174,17 @@ def find_method(word: str) -> type:
     import labkit
 
     known = labkit.methods()
-    plain = {name.lower(): name for name in known}
-    name = plain.get(word.lower().replace("-", "").replace("_", ""))
+    name = {name.lower(): name for name in known}.get(word.lower().replace("-", "").replace("_", ""))
     if name is None:
-        near = _close(word, {low: low for low in plain} | known, names=plain)
-        raise UsageError(f"There is no method {word!r}{near}. `labkit methods` lists all {len(known)}.")
+        raise UsageError(f"There is no method {word!r}{_close(word, known)}. `labkit methods` lists all {len(known)}.")
     return known[name]
 
 
-def _close(word: str, known, names: dict[str, str] | None = None) -> str:
-    """``": did you mean 'RTN'?"`` or nothing. ``names``: how a match is written in the answer."""
-    near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=2, cutoff=0.6)
-    near = list(dict.fromkeys(near))
-    return f": did you mean {' or '.join((names or {}).get(n, n) for n in near)}?" if near else ""
+def _close(word: str, known) -> str:
+    """``": did you mean RTN?"`` or nothing."""
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=2)
+    return f": did you mean {' or '.join(lower[n] for n in near)}?" if near else ""
 
 
 def _flag(name: str) -> str:
@@ -218,7 +218,8 @@ def _knob_table(cls: type) -> str:
 # The parsers
 
 
-def _parser(epilog: str = "") -> Parser:
+def _parser(knobs: str = "") -> Parser:
+    """All of it; ``knobs`` is shown in the help of the commands that take methods."""
     parser = Parser(
         prog="labkit",
         description="What is the bottleneck of a language model, and which compression technique shifts it?",
@@ -227,9 +228,10 @@ def _parser(epilog: str = "") -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"labkit {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, required=True)
-    for make in _commands().values():
+    for name, make in _commands().items():
         made = make(subparsers)
-        made.epilog = "\n\n".join(filter(None, [epilog, made.epilog]))
+        if knobs and name in TAKES_METHODS:
+            made.epilog = f"{knobs}\n{made.epilog}"
     return parser
 
 
@@ -379,6 +381,7 @@ def _compress_parser(subparsers) -> Parser:
 
 def _run_compress(options) -> None:
     import labkit
+    from labkit.measure.memory import bits_per_weight
     from labkit.results import calibrated
 
     parts = [_method(cls, texts) for cls, texts in options.steps]
@@ -394,12 +397,9 @@ def _run_compress(options) -> None:
         print(f"labkit: {method!r} uses no calibration text; --calib is not needed.", file=sys.stderr)
     small = method(lm, calib, options.progress)
     small.save(out)
-    bits = labkit.measure.memory.bits_per_weight if hasattr(labkit.measure, "memory") else None
-    if bits is None:
-        from labkit.measure.memory import bits_per_weight as bits
     print(f"{method!r} on {lm.name}")
     print(f"  weights held: {lm.nbytes / 1e6:.1f} MB -> {small.nbytes / 1e6:.1f} MB")
-    print(f"  bits per linear weight: {bits(lm):.2f} -> {bits(small):.2f}")
+    print(f"  bits per linear weight: {bits_per_weight(lm):.2f} -> {bits_per_weight(small):.2f}")
     print(f"  saved in {out}: labkit.load({str(out)!r}), or `labkit measure {out} --against {options.model}`")
 
 

@@ -227,7 +227,7 @@ def methods() -> dict[str, type[Method]]:
     """Every technique that labkit exports, by name, in alphabetical order."""
     import labkit
 
-    public = {name: getattr(labkit, name) for name in labkit.__all__}
+    public = {name: vars(labkit).get(name) for name in labkit.__all__}  # vars: what is imported lazily is no method
     return {
         name: obj
         for name, obj in sorted(public.items())

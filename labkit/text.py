@@ -53,10 +53,11 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         return self_samples(lm, windows, length, seed, progress)
     if source == "manual":
         ids = _manual(lm)
-        ids = ids[: int(len(ids) * CALIBRATION_SHARE)]
+        split = int(len(ids) * CALIBRATION_SHARE)
+        available = _unseen(ids[:split], ids[split:], length)
     else:
         ids = _encode(lm, _read(source))
-    available = _cut(ids, len(ids) // length, length, str(source)) if len(ids) >= length else []
+        available = ids[: len(ids) // length * length].view(-1, length)
     if len(available) < windows:
         raise ValueError(
             f"{source!r} has {len(available)} windows of {length} tokens, but {windows} were asked for: "
@@ -104,6 +105,18 @@ def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool
         )
     starts = [(i * available // windows if spread else i) * length for i in range(windows)]
     return torch.stack([ids[s : s + length] for s in starts])
+
+
+def _unseen(ids: torch.Tensor, held_out: torch.Tensor, length: int, passage: int = 64) -> torch.Tensor:
+    """The windows of ``ids`` that share no passage with the text held out: the manual repeats whole sections."""
+
+    def passages(tokens: torch.Tensor) -> set[bytes]:
+        data = tokens.to(torch.int32).numpy().tobytes()
+        return {data[i : i + 4 * passage] for i in range(0, len(data) - 4 * passage + 1, 4)}
+
+    known = passages(held_out)
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows[[i for i, w in enumerate(windows) if known.isdisjoint(passages(w))]]
 
 
 @functools.lru_cache(maxsize=8)

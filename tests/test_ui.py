@@ -22,7 +22,7 @@ from labkit.progress import track
 from labkit.results import Key, Store
 from labkit.ui import controls, plots, svg, words
 from labkit.ui.explore import explore
-from labkit.ui.panel import Panel
+from labkit.ui.panel import Panel, panel
 from labkit.ui.static import bundle, page
 from labkit.ui.view import view
 from labkit.ui.worker import Latest, explain
@@ -179,6 +179,8 @@ def test_the_question_follows_the_hand():
     assert "bits from 2 to 3" in words.question(Round(bits=2), "bits", upward=False)  # turns at the end
     assert "group_size from 128 to one scale per row" in words.question(Round(group_size=128), "group_size", True)
     assert words.question(Round(group_size=40), "group_size").startswith("Predict: will decode")  # between two stops
+    assert words.waiting(Round()).startswith("Predict, before the answer comes: at 4 bits with groups of 64, ")
+    assert words.waiting(Plain()).startswith("Predict, before the answer comes: with Plain, what will change")
     assert words.question(Plain()) == f"Predict: {words.OTHERWISE}"
 
 
@@ -540,7 +542,7 @@ def test_a_miss_is_measured_and_kept(make, bench, store):
     bench.gate.clear()
     panel.controls["bits"].value = 2
     assert "Not in the store yet" in panel.sentence.value and "still show 4 bits" in panel.sentence.value
-    assert panel.working.layout.display == "flex"
+    assert panel.working.layout.display == "flex" and "before the answer comes: at 2 bits" in panel.ask.value
     while "measuring" not in panel.progress_text.value:
         time.sleep(0.01)
     assert 0 <= panel.bar.value < 1
@@ -632,6 +634,25 @@ def test_times_of_two_machines_are_never_drawn_side_by_side(store, bench):
     uncompressed, compressed = shown(panel)[2]["data"][:2]
     assert uncompressed["y"] == [None] and compressed["y"] == [1000.0]
     assert shown(panel)[0]["data"][0]["y"] == [15.0, 20.0]
+
+
+def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatch):
+    asked = []
+
+    def hashes(lm, texts, windows, length):
+        asked.append((texts, windows, length))
+        return HASHES
+
+    def measure(lm, against=None, **how):
+        asked.append(how)
+        return made(lm.bits)
+
+    monkeypatch.setattr("labkit.sweep.text_hashes", hashes)
+    monkeypatch.setattr(sys.modules["labkit.measure"], "measure", measure)
+    widget = panel(Round, Model(), store, texts=("manual",), windows=3, length=128, latency=False, bits=8)
+    assert widget.worker.join(10) and "At 8 bits" in widget.sentence.value
+    how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False}
+    assert asked == [(("manual",), 3, 128), how, how]
 
 
 def test_a_bad_start_is_refused(store, bench):

@@ -164,6 +164,7 @@ class Panel(Live):
         self._last_progress = 0.0
         self._progress("waiting to start", 0, 0)
         self.status.value = words.small(self.view.source) if self.view else ""  # of the figures that still show
+        self.ask.value = note("ask", words.waiting(method))
         self._say(f"{words.sentence(words.describe(method))} Not in the store yet: measuring it now.{self._still()}")
         self.worker.submit(
             lambda: self._compute(method),

@@ -170,7 +170,7 @@ def roofline(
             xaxis=axis("arithmetic intensity, FLOP per byte", True, range=[math.log10(low), math.log10(high)], dtick=1),
             yaxis=axis("speed, GFLOP/s", True, range=span, dtick=1),
             annotations=notes,
-            margin={"l": 64, "r": 16 + 5 * max(map(len, labels), default=0), "t": 84, "b": 48},
+            margin={"l": 64, "r": 16 + round(5.4 * max(map(len, labels), default=0)), "t": 84, "b": 48},
         ),
     )
 

@@ -29,9 +29,10 @@ def draw(*figures, width: int = 340, height: int = 300, label: str = "") -> str:
     parts = [f"<g transform='translate({i * width},0)'>{_figure(f, width, height)}</g>" for i, f in enumerate(figures)]
     total = width * len(figures)
     name = f"<title>{escape(label)}</title>" if label else ""
+    font = f"fill='{INK}' text-anchor='middle' font-family='system-ui, sans-serif' font-size='11'"
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {total} {height}' width='{total}' height='{height}' "
-        f"role='img' class='labkit-svg' fill='{INK}' font-family='system-ui, sans-serif' font-size='11'>{name}{STYLE}"
+        f"role='img' class='labkit-svg' {font}>{name}{STYLE}"
         f"<rect class='bg' fill='#fff' width='{total}' height='{height}' rx='6'/>{''.join(parts)}</svg>"
     )
 
@@ -40,7 +41,7 @@ def _figure(fig, width: int, height: int) -> str:
     layout = fig.layout
     legend, rows = _legend(fig, width)
     top, bottom, left, right = 34 + 16 * rows, 46, 58, max(18, layout.margin.r or 0)
-    out = [_text(14, 20, _plain(layout.title.text or ""), "start", title=True), legend]
+    out = [_text(14, 20, _plain(layout.title.text or ""), "start", 13, bold=True), legend]
     frames = {}
     for suffix in _axes(fig):
         xs, ys = layout["xaxis" + suffix], layout["yaxis" + suffix]
@@ -185,8 +186,8 @@ def _annotation(note, frames, box) -> str:
     x_frame, y_frame = (frames.get(ref[1:]) if ref != "paper" else None for ref in (note.xref or "x", note.yref or "y"))
     x = x_frame.px(10**note.x if x_frame.xlog else note.x) if x_frame else left + note.x * (right - left)
     y = y_frame.py(10**note.y if y_frame.ylog else note.y) if y_frame else bottom - note.y * (bottom - top)
-    anchor = {"left": "start", "right": "end"}.get(note.xanchor, "middle")
-    return _text(x, y + (4 if note.yanchor == "middle" else -5), _plain(note.text or ""), anchor)
+    anchor = {"left": "start", "right": "end"}.get(note.xanchor, "")
+    return _text(x, y + (4 if note.yanchor == "middle" else -5), _plain(note.text or ""), anchor, note.font.size)
 
 
 def _legend(fig, width: int) -> tuple[str, int]:
@@ -249,9 +250,11 @@ def _ticks(span: tuple[float, float], log: bool, count: float) -> list[float]:
 
 
 def _label(v: float) -> str:
-    if abs(v) >= 1e7 or 0 < abs(v) < 0.001:
-        return f"{v:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return f"{v:,.6g}"
+    """A tick's label: ``0.1``, ``500``, ``20k``, ``1M``."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(v) >= size:
+            return f"{v / (1e3 if suffix == 'k' else size):g}{suffix}"
+    return f"{v:.6g}"
 
 
 def _plain(text: str) -> str:
@@ -259,8 +262,11 @@ def _plain(text: str) -> str:
     return unescape(re.sub(r"<[^>]+>", "", re.sub(r"<br\s*/?>", " ", text)))
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", title: bool = False) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "", size: float | None = None, bold: bool = False) -> str:
+    """Text in the figure's own size and centered on ``x``, unless told otherwise."""
     if not text:
         return ""
-    bold = " font-size='13' font-weight='600'" if title else ""
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'{bold}>{escape(text)}</text>"
+    more = f" text-anchor='{anchor}'" if anchor else ""
+    more += f" font-size='{size:g}'" if size else ""
+    more += " font-weight='600'" if bold else ""
+    return f"<text x='{x:.1f}' y='{y:.1f}'{more}>{escape(text)}</text>"

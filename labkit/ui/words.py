@@ -110,6 +110,17 @@ def question(method, moved: str | None = None, upward: bool | None = None) -> st
     return f"Predict: {ask}"
 
 
+def waiting(method) -> str:
+    """What to predict while ``method`` is being measured."""
+    return f"Predict, before the answer comes: {at(method)[0].lower()}{at(method)[1:]}, {QUESTIONS.get(method.kind, OTHERWISE)}"
+
+
+def at(method) -> str:
+    """How a sentence about a method starts: ``"At 4 bits with groups of 64"``, ``"With <name>"``."""
+    named = not method.knobs() or getattr(method, "methods", None)
+    return f"{'With' if named else 'At'} {describe(method)}"
+
+
 def memory(method, baseline, current) -> str:
     """What happened to the bytes of the linear layers and, where it changed, of the KV cache."""
     before, after = baseline.memory, current.memory
@@ -125,9 +136,7 @@ def memory(method, baseline, current) -> str:
         text += (
             f", and the KV cache grows by {percent(after.kv_per_token / before.kv_per_token)} of the bytes per token"
         )
-    head = describe(method)
-    lead = "With" if not method.knobs() or getattr(method, "methods", None) else "At"
-    return f"{lead} {head}, {text}."
+    return f"{at(method)}, {text}."
 
 
 def pace(phase: str, ms: float, iqr: float, speed: float | None, unit: str) -> str:
