@@ -30,6 +30,7 @@ PROFILES = {  # what DESIGN promises for a laptop with two cores, and generous t
     "full": {"max_seconds": 360.0, "max_gb": None, "timeout": 1800.0},
 }
 EVERY = 0.2  # seconds between two looks at memory
+NOT_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML and UTF-8 files cannot hold
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -194,7 +195,7 @@ def run(
     expected = {name: _baseline(folder, name, profile) for name in names}  # a damaged one is known before the work
     for name, file in zip(names, files):
         if say:
-            say(f"{name} ...")
+            say(f"{clean(name)} ...")
         result = Result(name)
         _execute(file, out / f"{name}.ipynb", profile, timeout, cell_timeout, result)
         _read(result, expected[name])
@@ -470,6 +471,11 @@ def _write_baseline(folder: Path, result: Result, profile: str) -> Path | None:
     kept = {name: {f: metric[f] for f in fields} for name, metric in sorted(metrics.items())}
     write_whole(path, json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def clean(text: str) -> str:
+    """The text without what a report cannot hold: control characters and lone surrogates."""
+    return NOT_TEXT.sub("", text)
 
 
 def write_whole(path: Path, text: str) -> None:

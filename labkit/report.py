@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import html
 import os
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from labkit.regress import Report, Result, write_whole
-
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
+from labkit.regress import Report, Result, clean, write_whole
 
 
 def write(report: Report) -> None:
@@ -25,7 +22,7 @@ def write(report: Report) -> None:
 def line(result: Result) -> str:
     """One line about one notebook."""
     numbers = f"{len(result.metrics)} number{'s' if len(result.metrics) != 1 else ''}"
-    return f"{result.name}: {result.verdict}, {result.seconds:.0f} s, {result.peak / 1e9:.2f} GB, {numbers}"
+    return f"{clean(result.name)}: {result.verdict}, {result.seconds:.0f} s, {result.peak / 1e9:.2f} GB, {numbers}"
 
 
 def table(report: Report) -> str:
@@ -41,7 +38,7 @@ def table(report: Report) -> str:
         lines += [f"    {problem}" for problem in result.problems] if result else []
     lines += [f"baseline written: {path}" for path in report.updated]
     lines += ["", f"{verdict_in_words(report)} Report: {report.out / 'report.html'}"]
-    return "\n".join(lines)
+    return clean("\n".join(lines))
 
 
 def counts(result: Result) -> str:
@@ -80,7 +77,7 @@ def junit(report: Report) -> str:
     """A test suite for each notebook: that it ran, each of its numbers, and its budgets."""
     root = ElementTree.Element("testsuites", name=f"labkit regress ({report.profile})")
     for r in report.results:
-        suite = ElementTree.SubElement(root, "testsuite", name=_xml(r.name), time=f"{r.seconds:.3f}")
+        suite = ElementTree.SubElement(root, "testsuite", name=clean(r.name), time=f"{r.seconds:.3f}")
         properties = ElementTree.SubElement(suite, "properties")
         for name, value in (
             ("profile", report.profile),
@@ -88,18 +85,18 @@ def junit(report: Report) -> str:
             ("machine", report.machine),
             ("versions", report.versions),
         ):
-            ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
+            ElementTree.SubElement(properties, "property", name=name, value=clean(value))
         ran = _case(suite, r, "runs", r.seconds)
         if r.error:
-            ElementTree.SubElement(ran, "error", message=_xml(r.error), type="timeout" if r.timed_out else "error")
+            ElementTree.SubElement(ran, "error", message=clean(r.error), type="timeout" if r.timed_out else "error")
         for m in r.metrics:
             case = _case(suite, r, m.name)
             if m.verdict in ("drift", "missing"):
-                ElementTree.SubElement(case, "failure", message=_xml(m.text), type=m.verdict)
-            ElementTree.SubElement(case, "system-out").text = _xml(m.text)
+                ElementTree.SubElement(case, "failure", message=clean(m.text), type=m.verdict)
+            ElementTree.SubElement(case, "system-out").text = clean(m.text)
         budget = _case(suite, r, "budget of time and memory")
         if r.over:
-            ElementTree.SubElement(budget, "failure", message=_xml(" ".join(r.over)), type="budget")
+            ElementTree.SubElement(budget, "failure", message=clean(" ".join(r.over)), type="budget")
         suite.set("tests", str(len(suite.findall("testcase"))))
         suite.set("errors", str(len(suite.findall("testcase/error"))))
         suite.set("failures", str(len(suite.findall("testcase/failure"))))
@@ -111,12 +108,8 @@ def junit(report: Report) -> str:
 
 def _case(suite, result: Result, name: str, seconds: float = 0.0):
     return ElementTree.SubElement(
-        suite, "testcase", classname=_xml(f"notebooks.{result.name}"), name=_xml(name), time=f"{seconds:.3f}"
+        suite, "testcase", classname=clean(f"notebooks.{result.name}"), name=clean(name), time=f"{seconds:.3f}"
     )
-
-
-def _xml(text: str) -> str:
-    return NOT_XML.sub("", text)
 
 
 # HTML
@@ -153,8 +146,8 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>labkit regress: {"fine" if report.ok else "not fine"}</title><style>{STYLE}</style></head><body>
 <h1>labkit regress</h1>
-<p class="{"ok" if report.ok else "bad"}">{html.escape(verdict)}</p>
-<p class="small">{html.escape(report.machine)}; {html.escape(report.versions)}</p>
+<p class="{"ok" if report.ok else "bad"}">{_escape(verdict)}</p>
+<p class="small">{_escape(report.machine)}; {_escape(report.versions)}</p>
 <table><tr>{head}</tr>{rows}</table>
 <p class="small">Bars: wall seconds, and the peak memory of papermill and the kernel together. The dashed line is the
 budget.</p>
@@ -165,11 +158,11 @@ budget.</p>
 def _row(r: Result, report: Report, scale: dict) -> str:
     gb = None if report.max_gb is None else report.max_gb * 1e9
     return (
-        f'<tr><td><a href="#{html.escape(r.name)}">{html.escape(r.name)}</a></td>'
-        f'<td class="{"ok" if r.ok else "bad"}">{html.escape(r.verdict)}</td>'
+        f'<tr><td><a href="#{_escape(r.name)}">{_escape(r.name)}</a></td>'
+        f'<td class="{"ok" if r.ok else "bad"}">{_escape(r.verdict)}</td>'
         f'<td class="n">{r.seconds:.1f}</td><td>{bar(r.seconds, report.max_seconds, scale["seconds"], "seconds")}</td>'
         f'<td class="n">{r.peak / 1e9:.2f}</td><td>{bar(r.peak, gb, scale["peak"], "bytes at peak")}</td>'
-        f"<td>{html.escape(counts(r))}</td></tr>"
+        f"<td>{_escape(counts(r))}</td></tr>"
     )
 
 
@@ -189,24 +182,28 @@ def bar(value: float, budget: float | None, longest: float, what: str, width: in
 
 
 def _section(r: Result, out: Path) -> str:
-    problems = "".join(f'<li class="bad">{html.escape(p)}</li>' for p in r.problems)
+    problems = "".join(f'<li class="bad">{_escape(p)}</li>' for p in r.problems)
     cells = "".join(
-        f"<tr><td>{html.escape(m.name)}</td>"
+        f"<tr><td>{_escape(m.name)}</td>"
         f'<td class="n">{_number(m.value)}</td><td class="n">{_number(m.expected)}</td>'
         f'<td class="n">{_number(m.tolerance, 2)}</td>'
-        f'<td>{html.escape(m.label)}</td><td class="{_class(m.verdict)}">{m.verdict}</td></tr>'
+        f'<td>{_escape(m.label)}</td><td class="{_class(m.verdict)}">{m.verdict}</td></tr>'
         for m in r.metrics
     )
     head = "<tr><th>number</th><th>now</th><th>baseline</th><th>±</th><th>how it was got</th><th>verdict</th></tr>"
     link = ""
     if r.executed:
         name = os.path.relpath(r.executed, out)
-        link = f' <a class="small" href="{html.escape(name)}">executed notebook</a>'
+        link = f' <a class="small" href="{_escape(name)}">executed notebook</a>'
     return (
-        f'<h2 id="{html.escape(r.name)}">{html.escape(r.name)}{link}</h2>'
+        f'<h2 id="{_escape(r.name)}">{_escape(r.name)}{link}</h2>'
         + (f"<ul>{problems}</ul>" if problems else "")
         + (f"<table>{head}{cells}</table>" if cells else "<p>It recorded no numbers.</p>")
     )
+
+
+def _escape(text: str) -> str:
+    return html.escape(clean(text))
 
 
 def _class(verdict: str) -> str:

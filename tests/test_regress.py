@@ -224,7 +224,7 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path):
             time.sleep(0.2)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        _out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -507,9 +507,9 @@ def make(store, bench):
 
     yield make
     bench.gate.set()
-    for panel in opened:
-        panel.worker.cancel()
-        assert panel.worker.join(20)
+    for one in opened:
+        one.worker.cancel()
+        assert one.worker.join(20)
 
 
 def shown(panel) -> list[dict]:
@@ -647,7 +647,7 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
         asked.append(how)
         return made(lm.bits)
 
-    monkeypatch.setattr("labkit.sweep.text_hashes", hashes)
+    monkeypatch.setattr(sys.modules["labkit.sweep"], "text_hashes", hashes)
     monkeypatch.setattr(sys.modules["labkit.measure"], "measure", measure)
     widget = panel(Round, Model(), store, texts=("manual",), windows=3, length=128, latency=False, bits=8)
     assert widget.worker.join(10) and "At 8 bits" in widget.sentence.value

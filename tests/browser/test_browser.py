@@ -146,7 +146,7 @@ def test_a_shipped_notebook_opens_runs_and_moves(server, lab, name, label, recor
     assert (server.root / name).is_file(), f"notebooks/{name} is missing"
     book = lab(name)
     book.run_all(timeout=600)
-    book.wait_for_figures(3)
+    book.wait_for_figures(3, seconds=400)
     before, figures = book.text("sentence"), book.figures()
     ms = book.press(label, "ArrowLeft")
     record_property("event_to_label_ms", ms)
