@@ -658,6 +658,8 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
 def test_a_bad_start_is_refused(store, bench):
     with pytest.raises(ValueError, match=r"Round.bits = 9 is not allowed: it must be a whole number from 2 to 8"):
         Panel(Round, Model(), store, start={"bits": 9}, measure=bench, hashes=HASHES)
+    with pytest.raises(ValueError, match="Round has no knob 'bitz': it has bits, group_size"):
+        panel(Round, Model(), store, bitz=4)
 
 
 def test_without_latency_nothing_is_timed(store, bench):

@@ -52,6 +52,12 @@ class Panel(Live):
         from labkit.results import Store
         from labkit.sweep import text_hashes
 
+        start, knobs = dict(start or {}), method_class.knobs()
+        if unknown := sorted(set(start) - set(knobs)):
+            raise ValueError(
+                f"{method_class.__name__} has no knob {unknown[0]!r}: it has {', '.join(knobs) or 'none'}."
+            )
+        self._start = method_class(**start).values()  # a bad value is refused in one sentence
         super().__init__(Latest())
         self.method_class, self.lm = method_class, lm
         self.store = Store() if store is None else store
@@ -65,7 +71,6 @@ class Panel(Live):
             from labkit import text
 
             self._calib = text.calibration(lm)
-        self._start = method_class(**(start or {})).values()  # refuses a bad start value in one sentence
         self.view = None
         self._shown = None  # (Method, Measurement) on display
         self._upward: bool | None = None  # which way the last knob went
