@@ -1,0 +1,280 @@
+"""One ONNX graph for a whole decoder: ids and the cache go in, logits come out, and the cache grows in place.
+
+    ids (batch, tokens) → embedding → [norm → q k v → attention → o → norm → gate, up → down] × blocks → norm → head
+
+Operators of onnxruntime's own set (domain ``com.microsoft``) each do what takes a framework many: attention with rotary
+positions and the cache, a residual sum with the norm after it, a product with packed weights. About ten per block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import nn
+
+from labkit.engine import weights as w
+from labkit.engine.families import Block, Decoder, rotary_tables
+
+MICROSOFT = "com.microsoft"
+
+
+def build(decoder: Decoder, folder: Path, context: int, head_bits: int | None, embedding_bits: int | None) -> Graph:
+    """Write ``model.onnx`` and ``weights.bin`` for a decoder into a folder."""
+    graph = Graph(w.Weights(folder / "weights.bin"), decoder)
+    try:
+        graph.decoder_into(context, head_bits, embedding_bits)
+    finally:
+        graph.weights.close()
+    (folder / "model.onnx").write_bytes(graph.model().SerializeToString())
+    return graph
+
+
+class Graph:
+    """Nodes in the order in which they are added, the initializers they read, and notes on what could not stay packed."""
+
+    def __init__(self, weights: w.Weights, decoder: Decoder):
+        self.weights, self.d = weights, decoder
+        self.nodes: list = []
+        self.inputs: list = []
+        self.outputs: list = []
+        self.dense: dict[str, list[str]] = {}  # why a packed linear is dense here -> which ones
+
+    def node(self, kind: str, inputs: list[str], name: str, domain: str = "", outputs: int = 1, **attributes):
+        """Add an operator; returns the name of its output, or their names."""
+        names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
+        return names[0] if outputs == 1 else names
+
+    @property
+    def vocabulary(self) -> int:
+        return self.d.embedding.shape[0]
+
+    @property
+    def head_rows(self) -> int:
+        return w.rows(self.d.head)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of the embedding, the head, and everything between."""
+        found = {"embedding": 0, "blocks": 0, "head": 0}
+        for name, size in self.weights.sizes.items():
+            first = name.split(".")[0]
+            found[first if first in found else "blocks"] += size
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the graph computes otherwise than the source, in sentences."""
+        said = [
+            f"{len(names)} linears of {kind} are dense fp32 here: the operator takes integers of 2, 4 or 8 bits in "
+            "groups of 16, 32, 64, 128 or 256 columns."
+            for kind, names in self.dense.items()
+        ]
+        if any(n.op_type == "MatMulNBits" for n in self.nodes):
+            said.append("Products with packed weights round activations to 8 bits, block by block.")
+        return tuple(said)
+
+    # --- the decoder ---
+
+    def decoder_into(self, context: int, head_bits: int | None, embedding_bits: int | None) -> None:
+        d = self.d
+        ints, floats = TensorProto.INT64, TensorProto.FLOAT
+        self.inputs += [
+            helper.make_tensor_value_info("ids", ints, ["batch", "tokens"]),
+            helper.make_tensor_value_info("rows", ints, ["rows"]),  # the tokens whose logits are wanted
+            helper.make_tensor_value_info("last", TensorProto.INT32, ["batch"]),  # position of the last token
+            helper.make_tensor_value_info("total", TensorProto.INT32, [1]),  # tokens, those in the cache included
+        ]
+        for name, table in zip(("cos", "sin"), rotary_tables(d, context)):
+            self.weights.add(name, table)
+        head = self._head_weight(head_bits)
+        x, residual = self.embedding(embedding_bits, head), ""
+        for i, block in enumerate(d.blocks):
+            x, residual = self.block(f"{i}", block, x, residual)
+        x, _ = self.norm("norm", d.norm, x, residual)
+        x = self.node("Gather", [x, "rows"], "wanted", axis=1)
+        logits = self.head(x, head)
+        self.nodes[-1].output[0] = "logits"
+        assert logits
+        self.outputs.insert(0, helper.make_tensor_value_info("logits", floats, ["batch", "rows", w.rows(d.head)]))
+
+    def block(self, at: str, b: Block, x: str, residual: str) -> tuple[str, str]:
+        x, residual = self.norm(f"{at}.norm", b.norm, x, residual)
+        qkv = self.linear(f"{at}.qkv", [b.q, b.k, b.v], x)
+        x = self.attention(at, b, qkv)
+        (x,) = self.linear(f"{at}.o", [b.o], x)
+        x, residual = self.norm(f"{at}.mlp_norm", b.mlp_norm, x, residual)
+        gate_up = self.linear(f"{at}.gate_up", [b.gate, b.up], x)
+        if len(gate_up) == 1:
+            half = self.weights.add(f"{at}.half", torch.tensor([w.rows(b.gate), w.rows(b.up)]))
+            gate_up = self.node("Split", [gate_up[0], half], f"{at}.split", outputs=2, axis=-1)
+        x = self.node("Mul", [self.gate(f"{at}.act", gate_up[0]), gate_up[1]], f"{at}.gated")
+        (x,) = self.linear(f"{at}.down", [b.down], x)
+        return x, residual
+
+    def norm(self, name: str, gain: torch.Tensor, x: str, residual: str) -> tuple[str, str]:
+        """RMS norm of x + residual: the normed value, and the sum, which is the next residual."""
+        gain = self.weights.add(f"{name}.gain", gain.float())
+        if not residual:
+            normed = self.node("SimplifiedLayerNormalization", [x, gain], name, epsilon=self.d.epsilon, axis=-1)
+            return normed, x
+        names = [name, "", "", f"{name}.sum"]
+        node = helper.make_node(
+            "SkipSimplifiedLayerNormalization",
+            [x, residual, gain],
+            names,
+            name=name,
+            domain=MICROSOFT,
+            epsilon=self.d.epsilon,
+        )
+        self.nodes.append(node)
+        return names[0], names[3]
+
+    def attention(self, at: str, b: Block, qkv: list[str]) -> str:
+        """Rotary positions, the cache, scores, softmax and values in one operator. qkv: three, or one with all rows."""
+        if b.q_norm is not None:
+            qkv = self.norm_heads(at, b, qkv)
+        qkv = qkv + [""] * (3 - len(qkv))
+        shape = ["batch", b.kv_heads, "room", b.head_dim]
+        for what in ("key", "value"):
+            for names, way in ((self.inputs, "past"), (self.outputs, "present")):
+                names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", TensorProto.FLOAT, shape))
+        inputs = [*qkv, f"past.{at}.key", f"past.{at}.value", "last", "total", "cos", "sin"]
+        more = {} if b.window is None else {"local_window_size": b.window}
+        names = [f"{at}.attention", f"present.{at}.key", f"present.{at}.value"]
+        node = helper.make_node(
+            "GroupQueryAttention",
+            inputs,
+            names,
+            name=names[0],
+            domain=MICROSOFT,
+            num_heads=b.heads,
+            kv_num_heads=b.kv_heads,
+            scale=b.scale,
+            do_rotary=1,
+            **more,
+        )
+        self.nodes.append(node)
+        return names[0]
+
+    def norm_heads(self, at: str, b: Block, qkv: list[str]) -> list[str]:
+        """Norms over each head of q and k, before they are turned. On CPU the attention operator does not take them."""
+        if len(qkv) == 1:
+            sizes = self.weights.add(f"{at}.sizes", torch.tensor([w.rows(m) for m in (b.q, b.k, b.v)]))
+            qkv = self.node("Split", [qkv[0], sizes], f"{at}.split_qkv", outputs=3, axis=-1)
+        normed = []
+        for name, x, gain, heads in (("q", qkv[0], b.q_norm, b.heads), ("k", qkv[1], b.k_norm, b.kv_heads)):
+            apart = self.weights.add(f"{at}.{name}_apart", torch.tensor([0, 0, heads, b.head_dim]))
+            together = self.weights.add(f"{at}.{name}_together", torch.tensor([0, 0, heads * b.head_dim]))
+            x = self.node("Reshape", [x, apart], f"{at}.{name}_heads")
+            x, _ = self.norm(f"{at}.{name}_norm", gain, x, "")
+            normed.append(self.node("Reshape", [x, together], f"{at}.{name}_normed"))
+        return [*normed, qkv[2]]
+
+    def gate(self, name: str, x: str) -> str:
+        if self.d.gate == "silu":  # x · sigmoid(1 · x)
+            return self.node("QuickGelu", [x], name, MICROSOFT, alpha=1.0)
+        if self.d.gate == "gelu":
+            return self.node("Gelu", [x], name, MICROSOFT)
+        return self.node("Gelu", [x], name, approximate="tanh")
+
+    # --- products ---
+
+    def linear(self, name: str, modules: list[nn.Module], x: str) -> list[str]:
+        """Products of x with one or more linears: fused into one output where their weights are alike, else one each."""
+        found = [w.packed(m) for m in modules]
+        if w.alike(found):
+            return [self.product_packed(name, found, self.bias(modules), x)]
+        if len(modules) > 1 and any(f is not None for f in found):
+            return [self.linear(f"{name}.{i}", [m], x)[0] for i, m in enumerate(modules)]
+        for i, m in enumerate(modules):
+            if not isinstance(m, nn.Linear):
+                kind = ", ".join(f"{k}={v}" for k, v in m.quantized.spec().items())
+                self.dense.setdefault(kind, []).append(f"{name}.{i}")
+        weight = torch.cat([m.weight.detach().float() for m in modules])
+        y = self.product_dense(name, weight, x)
+        bias = self.bias(modules)
+        return [y if bias is None else self.node("Add", [y, self.weights.add(f"{name}.bias", bias)], f"{name}.biased")]
+
+    def bias(self, modules: list[nn.Module]) -> torch.Tensor | None:
+        if all(m.bias is None for m in modules):
+            return None
+        return torch.cat([torch.zeros(w.rows(m)) if m.bias is None else m.bias.detach().float() for m in modules])
+
+    def product_dense(self, name: str, weight: torch.Tensor, x: str) -> str:
+        return self.node("MatMul", [x, self.weights.add(f"{name}.weight", weight.T)], name)
+
+    def product_packed(self, name: str, found: list, bias: torch.Tensor | None, x: str) -> str:
+        size, codes, scales, zeros = w.layout(found)
+        inputs = [x, self.weights.add(f"{name}.codes", codes), self.weights.add(f"{name}.scales", scales)]
+        if zeros is not None or bias is not None:
+            inputs.append("" if zeros is None else self.weights.add(f"{name}.zeros", zeros))
+        if bias is not None:
+            inputs += ["", self.weights.add(f"{name}.bias", bias)]
+        return self.node(
+            "MatMulNBits",
+            inputs,
+            name,
+            MICROSOFT,
+            K=found[0].columns,
+            N=codes.shape[0],
+            bits=found[0].bits,
+            block_size=size,
+            accuracy_level=4,
+        )
+
+    # --- the two ends ---
+
+    def _head_weight(self, bits: int | None):
+        """The head as it will be computed: packed codes, or None for dense."""
+        own = w.packed(self.d.head)
+        if own is not None or bits is None:
+            return own
+        return w.encode(self.d.head.weight, bits, group(self.d.embedding.shape[1]))
+
+    def head(self, x: str, packed) -> str:
+        if packed is not None:
+            return self.product_packed("head", [packed], self.bias([self.d.head]), x)
+        (y,) = self.linear("head", [self.d.head], x)
+        return y
+
+    def embedding(self, bits: int | None, head) -> str:
+        d = self.d
+        if bits is None:
+            x = self.node("Gather", [self.weights.add("embedding.weight", d.embedding.float()), "ids"], "embedding")
+        else:
+            same = d.tied and head is not None and head.bits == bits
+            codes = head if same else w.encode(d.embedding, bits, group(d.embedding.shape[1]))
+            size, data, scales, zeros = w.layout([codes])
+            inputs = [
+                self.weights.add("embedding.codes", data.reshape(len(data), -1)),
+                "ids",
+                self.weights.add("embedding.scales", scales),
+            ]
+            if zeros is not None:
+                inputs.append(self.weights.add("embedding.zeros", zeros))
+            x = self.node(
+                "GatherBlockQuantized",
+                inputs,
+                "embedding",
+                MICROSOFT,
+                bits=bits,
+                block_size=size,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        if d.embedding_scale == 1:
+            return x
+        return self.node("Mul", [x, self.weights.add("embedding.scale", torch.tensor(d.embedding_scale))], "scaled")
+
+    def model(self) -> ModelProto:
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.weights.initializers)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="labkit")
+
+
+def group(hidden: int) -> int:
+    """The group size for an embedding and a head: 32 columns, or 16 where rows end in half a block."""
+    return 32 if hidden % 32 == 0 else 16

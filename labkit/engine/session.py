@@ -1,0 +1,243 @@
+"""CompiledModel: the graph in a runtime session, with a cache that stays where it is from step to step."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from labkit.engine import threads as policy
+from labkit.engine.families import read
+from labkit.engine.graph import build
+from labkit.paths import cache
+
+STALE = 3600  # seconds after which a folder left behind by a killed process is removed
+
+
+def compile(lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int | None = None) -> CompiledModel:
+    """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
+
+    ``context``: the most tokens, prompt and answer together. ``head_bits``, ``embedding_bits``: 8, 4 or None (fp32) for
+    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here.
+    Raises :class:`NotCompilable` for a model that one graph cannot compute, ValueError for a bad argument.
+    """
+    for name, bits in (("head_bits", head_bits), ("embedding_bits", embedding_bits)):
+        if bits not in (8, 4, None):
+            raise ValueError(f"{name} = {bits!r} is not allowed: it must be 8, 4 or None (fp32).")
+    for name, number in (("context", context), ("threads", threads)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} = {number!r} is not allowed: it must be a whole number, 1 or more.")
+    started = time.perf_counter()
+    decoder = read(lm.model)
+    context = min(context, decoder.context)
+    with _scratch() as folder:
+        graph = build(decoder, folder, context, head_bits, embedding_bits)
+        built = lambda count: CompiledModel(lm, decoder, graph, folder / "model.onnx", context, count)  # noqa: E731
+        model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
+    model.seconds = time.perf_counter() - started
+    return model
+
+
+class _scratch:
+    """A folder in the cache for the graph while it is read. What killed processes left there is removed."""
+
+    def __enter__(self) -> Path:
+        home = cache() / "engine"
+        home.mkdir(exist_ok=True)
+        for old in home.iterdir():
+            if old.is_dir() and time.time() - old.stat().st_mtime > STALE:
+                shutil.rmtree(old, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix="graph-", dir=home))
+        return self.path
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class CompiledModel:
+    """A decoder as one graph. ``logits`` and ``generate`` as LanguageModel's; ``prefill``, ``decode`` step by step.
+
+    Every thread that uses it has a cache of its own, so calls do not mix. ``nbytes``: weights as the runtime holds
+    them. ``notes``: what is not as it was in the source, in sentences.
+    """
+
+    def __init__(self, lm, decoder, graph, path: Path, context: int, threads: int):
+        self.name, self.history, self.tokenizer = lm.name, lm.history, lm.tokenizer
+        self.context, self.threads, self.notes = context, threads, graph.notes
+        self.nbytes, self.parts = graph.weights.nbytes, graph.parts
+        self.seconds = 0.0
+        generation = getattr(lm.model, "generation_config", None)
+        ends = getattr(generation, "eos_token_id", None)
+        self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+        self._heads = [(b.kv_heads, b.head_dim) for b in decoder.blocks]
+        self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
+        self._session = _open(path, threads)
+        self._own = threading.local()
+
+    # --- whole texts ---
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of every token: LongTensor (batch, tokens) -> fp32 (batch, tokens, vocabulary). No cache is kept."""
+        ids = self._ids(ids)
+        return _Run(self, len(ids), 0).several(ids, np.arange(ids.shape[1]))
+
+    def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
+        """The greedy continuation of a prompt, without the prompt."""
+        tokens = list(self.stream(prompt, max_new_tokens))
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def stream(self, prompt: str, max_new_tokens: int = 32) -> Iterator[int]:
+        """The greedy continuation, token id by token id, as they are found."""
+        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        if ids.shape[1] == 0:
+            raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
+        if ids.shape[1] + max_new_tokens > self.context:
+            raise ValueError(
+                f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit into the context of "
+                f"{self.context}: compile with a larger one."
+            )
+        run = _Run(self, 1, self.context)  # of its own: two streams do not mix
+        logits = run.begin(self._ids(ids))
+        for left in range(max_new_tokens, 0, -1):
+            token = int(logits.argmax())
+            yield token
+            if token in self.ends or left == 1:
+                return
+            logits = run.next(token)
+
+    # --- step by step ---
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Start a text: fill this thread's cache with LongTensor (1, tokens). Returns the last token's logits (1, vocabulary)."""
+        return self._cache().begin(self._ids(ids))
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Add one token to the text. Returns its logits (1, vocabulary), a view that the next step overwrites."""
+        return self._cache().next(int(token))
+
+    @property
+    def length(self) -> int:
+        """Tokens in this thread's cache."""
+        return self._cache().length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens of this thread's text."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length = {length!r} is not allowed: the cache holds {self.length} tokens.")
+        self._cache().length = length
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of one thread's cache when it is full. Memory is taken as it fills."""
+        return sum(2 * 4 * heads * width for heads, width in self._heads) * self.context
+
+    def __repr__(self) -> str:
+        done = " -> ".join(self.history) or "uncompressed"
+        size = f"{self.nbytes / 1e6:.1f} MB + {self.kv_nbytes / 1e6:.1f} MB cache for {self.context} tokens"
+        return f"CompiledModel({self.name!r}, {done}, {size}, {self.threads} thread{'s' * (self.threads > 1)})"
+
+    # --- inside ---
+
+    def _cache(self) -> _Run:
+        if not hasattr(self._own, "run"):
+            self._own.run = _Run(self, 1, self.context)
+        return self._own.run
+
+    def _ids(self, ids) -> np.ndarray:
+        ids = np.ascontiguousarray(torch.as_tensor(ids).cpu().numpy(), dtype=np.int64)
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(f"ids has the shape {ids.shape}: it must be (batch, tokens) with at least one token.")
+        if ids.shape[1] > self.context:
+            raise ValueError(
+                f"{ids.shape[1]} tokens do not fit into the context of {self.context}: compile(lm, context=…)."
+            )
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise ValueError(
+                f"ids has values outside of the vocabulary: they must be from 0 to {self._vocabulary - 1}."
+            )
+        return ids
+
+
+class _Run:
+    """One text on its way through the session: its cache, and every input and output bound to a place in memory.
+
+    The graph reads and writes the cache in the same place, so a step copies nothing. ``room`` 0: no cache is kept.
+    """
+
+    def __init__(self, model: CompiledModel, batch: int, room: int):
+        import onnxruntime as ort
+
+        self.place = ort.OrtValue.ortvalue_from_numpy
+        self.session, self.room, self.length = model._session, room, 0
+        self.binding = self.session.io_binding()
+        self.last, self.total = np.zeros(batch, np.int32), np.zeros(1, np.int32)
+        self.token, self.row = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
+        self.out = np.zeros((1, 1, model._head_rows), np.float32)
+        self._input("last", self.last)
+        self._input("total", self.total)
+        for i, (heads, width) in enumerate(model._heads):
+            for what in ("key", "value"):
+                # calloc: pages that no token has reached yet take no memory.
+                buffer = self.place(np.zeros((batch, heads, room, width), np.float32))
+                self.binding.bind_ortvalue_input(f"past.{i}.{what}", buffer)
+                if room:
+                    self.binding.bind_ortvalue_output(f"present.{i}.{what}", buffer)
+        self.single = False  # whether the one-token arrays are bound
+
+    def _input(self, name: str, array: np.ndarray) -> None:
+        self.binding.bind_ortvalue_input(name, self.place(array))
+
+    def _step(self, tokens: int) -> None:
+        self.last[:] = self.length + tokens - 1
+        self.total[:] = self.length + tokens
+        self.session.run_with_iobinding(self.binding)
+
+    def several(self, ids: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Add tokens (batch, tokens); returns the logits (batch, rows, vocabulary) of the tokens at ``rows``."""
+        self.single = False
+        out = np.empty((len(ids), len(rows), self.out.shape[-1]), np.float32)
+        self._input("ids", ids)
+        self._input("rows", rows)
+        self.binding.bind_ortvalue_output("logits", self.place(out))
+        self._step(ids.shape[1])
+        self.length += ids.shape[1]
+        return torch.from_numpy(out)
+
+    def begin(self, ids: np.ndarray) -> torch.Tensor:
+        self.length = 0
+        return self.several(ids, np.array([ids.shape[1] - 1]))[:, 0]
+
+    def next(self, token: int) -> torch.Tensor:
+        if self.length >= self.room:
+            raise ValueError(
+                f"The text has filled the context of {self.room} tokens: rewind, or compile with a larger one."
+            )
+        if not self.single:
+            self._input("ids", self.token)
+            self._input("rows", self.row)
+            self.binding.bind_ortvalue_output("logits", self.place(self.out))
+            self.single = True
+        self.token[0, 0] = token
+        self._step(1)
+        self.length += 1
+        return torch.from_numpy(self.out)[:, 0]
+
+
+def _open(path: Path, threads: int):
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    # Threads spin between the products of one step, where waking them would take as long as the product; they stop when
+    # the step is done, so that torch's threads find the cores free.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,114 @@
+"""Tensors on their way into a graph: one file that the runtime maps into memory, and how each linear is laid out in it.
+
+The graph itself stays small and names places in the file. The runtime maps each tensor, repacks it into the order that
+its kernel likes, and lets go of the mapping, one tensor after the other: at no time are all weights held twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from labkit.formats import Integer, Quantized, pack
+
+BLOCKS = (256, 128, 64, 32, 16)  # the block sizes that MatMulNBits takes
+ALIGN = 1 << 16  # where a mapping may begin, on every system
+KINDS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.uint8: TensorProto.UINT8,
+    torch.int64: TensorProto.INT64,
+}
+
+
+class Weights:
+    """The initializers of a graph. Large ones are appended to ``file``, small ones stay in the graph."""
+
+    def __init__(self, file: Path, inline: int = 1024):
+        self.file, self.inline = file, inline
+        self.initializers: list[TensorProto] = []
+        self.sizes: dict[str, int] = {}  # bytes by name
+        self._out = file.open("wb")
+
+    def add(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> str:
+        """Store a tensor under a name, which is returned."""
+        tensor = tensor.detach().cpu().contiguous()
+        proto = TensorProto(name=name, data_type=KINDS[tensor.dtype], dims=shape or tuple(tensor.shape))
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        if len(raw) < self.inline:
+            proto.raw_data = raw.tobytes()
+        else:
+            self._out.seek(-self._out.tell() % ALIGN, 1)
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self.file.name, "offset": self._out.tell(), "length": len(raw)}
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+            self._out.write(raw)
+        self.initializers.append(proto)
+        self.sizes[name] = len(raw)
+        return name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def close(self) -> None:
+        self._out.close()
+
+
+def packed(module: nn.Module) -> Quantized | None:
+    """The codes of a linear, when the operator can multiply by them as they are."""
+    weight = getattr(module, "quantized", None)
+    fits = isinstance(weight, Quantized) and weight.bits in (2, 4, 8) and weight.group_size % BLOCKS[-1] == 0
+    return weight if fits else None
+
+
+def rows(module: nn.Module) -> int:
+    """Output features, from the tensor where there is one: a pruned linear may say otherwise."""
+    return module.weight.shape[0] if isinstance(module, nn.Linear) else module.out_features
+
+
+def layout(weights: list[Quantized]) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes of one or more matrices over the same input, below one another, as MatMulNBits wants them.
+
+    Returns the block size; B uint8 (out, blocks, bytes); scales fp32 (out, blocks); zeros, packed uint8 (out, bytes),
+    or fp32 (out, blocks) where a format has real-valued ones, or None where every zero is the middle code.
+    """
+    parts = [_layout(w) for w in weights]
+    sizes, codes, scales, zeros = zip(*parts)
+    if all(w.zero is None for w in weights):
+        return sizes[0], torch.cat(codes), torch.cat(scales), None
+    return sizes[0], torch.cat(codes), torch.cat(scales), torch.cat(zeros)
+
+
+def _layout(weight: Quantized):
+    size = block_size(weight)
+    blocks = -(-weight.columns // size)
+    repeat = weight.group_size // size  # a scale per group there, a scale per block here
+    scales = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks]
+    zeros = weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
+    zeros = zeros.float() if zeros.is_floating_point() else pack(zeros, weight.bits)
+    short = blocks * size * weight.bits // 8 - weight.packed.shape[1]
+    codes = nn.functional.pad(weight.packed, (0, short)) if short else weight.packed
+    return size, codes.view(len(codes), blocks, -1), scales, zeros
+
+
+def block_size(weight: Quantized) -> int:
+    return next(b for b in BLOCKS if weight.group_size % b == 0)
+
+
+def alike(weights: list[Quantized | None]) -> bool:
+    """True when these matrices can be one: the same bits, block size and input width."""
+    if any(w is None for w in weights):
+        return False
+    return len({(w.bits, block_size(w), w.columns, w.zeros().dtype) for w in weights}) == 1
+
+
+def encode(weight: torch.Tensor, bits: int, group_size: int, step: int = 8192) -> Quantized:
+    """Round an embedding or a head (rows, hidden) to the nearest codes, a few thousand rows at a time."""
+    form = Integer(bits, group_size)
+    parts = [form.encode(w.float()) for w in weight.detach().split(step)]
+    joined = [torch.cat([getattr(p, field) for p in parts]).cpu() for field in ("packed", "scale", "zero")]
+    return Quantized(*joined, bits, parts[0].group_size, weight.shape[1])
