@@ -4,13 +4,15 @@ from labkit import text
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
-from labkit.quantize import RTN
+from labkit.quantize import AWQ, GPTQ, RTN
 from labkit.record import record
 from labkit.results import Store
 from labkit.sweep import sweep
 
 __all__ = [
     "RTN",
+    "GPTQ",
+    "AWQ",
     "LanguageModel",
     "Measurement",
     "Method",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from labkit.formats import Integer
-from labkit.linear import PackedLinear, matmulnbits
+from labkit.linear import PackedLinear, exact, matmulnbits
+from labkit.measure import memory
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -20,31 +21,82 @@ def test_against_float64(bits, group_size, symmetric):
     q = Integer(bits, group_size, symmetric).encode(weight)
     bias = torch.randn(40, generator=draw)
     layer = PackedLinear(q, bias)
-    exact = q.decode().double()
+    truth_of = q.decode().double()
+    on_kernel = matmulnbits.takes(q, weight.device)
     for rows in (1, 3, 64):
         x = torch.randn(rows, 192, generator=draw)
-        truth = x.double() @ exact.T + bias.double()
-        error = (layer(x).double() - truth).norm() / truth.norm()
-        on_kernel = rows <= 32 and matmulnbits.takes(bits, q.group_size)
-        assert error < (1e-2 if on_kernel else 1e-5)  # the kernel rounds activations to int8
+        truth = x.double() @ truth_of.T + bias.double()
+
+        def error(x=x, truth=truth):
+            return (layer(x).double() - truth).norm() / truth.norm()
+
+        assert error() < (1e-2 if on_kernel else 1e-5)  # the kernel rounds activations to int8
+        with exact():
+            assert error() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns", [192, 200])
+def test_codes_come_back_out_of_the_kernel(bits, symmetric, columns):
+    weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(bits)) * 0.02
+    weight[5] = 0  # an all-zero group
+    weight[7] *= 1000
+    q = Integer(bits, 64, symmetric).encode(weight)
+    layer = PackedLinear(q)
+    layer(torch.randn(1, columns))
+    assert layer.packed is None and layer.runtime_nbytes > 0  # the runtime has the only copy
+    assert memory.held(layer) < layer.runtime_nbytes + q.nbytes - q.packed.numel() + 1
+    assert torch.equal(layer.quantized.packed, q.packed)
+    assert layer.runtime_nbytes == 0
+    layer(torch.randn(1, columns))
+    assert torch.equal(layer.state_dict()["packed"], q.packed)
+
+
+def test_many_rows_are_shared_out_over_threads():
+    layer = PackedLinear(Integer(4, 32).encode(torch.randn(24, 64)))
+    x = torch.randn(201, 64)
+    together = layer(x)
+    one_by_one = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(together, one_by_one)
 
 
 def test_kernels_are_there_for_2_4_8_bits():
-    assert all(matmulnbits.takes(bits, 64) for bits in (2, 4, 8))
-    assert not any(matmulnbits.takes(bits, 64) for bits in (3, 5, 6, 7))
-    assert not matmulnbits.takes(4, 24)
+    cpu = torch.device("cpu")
+    weight = torch.randn(16, 192)
+    assert all(matmulnbits.takes(Integer(bits, 64).encode(weight), cpu) for bits in (2, 4, 8))
+    assert not any(matmulnbits.takes(Integer(bits, 64).encode(weight), cpu) for bits in (3, 5, 6, 7))
+    assert not matmulnbits.takes(Integer(4, 24).encode(weight), cpu)
+    assert not matmulnbits.takes(Integer(4, 64).encode(weight), torch.device("cuda"))
 
 
-def test_copy_shares_tensors_and_works():
+def test_copy_shares_tensors_and_kernel():
     layer = PackedLinear(Integer(4, 32).encode(torch.randn(16, 64)))
     x = torch.randn(1, 64)
-    y = layer(x)
     twin = copy.deepcopy(layer, {id(t): t for t in (*layer.parameters(), *layer.buffers())})
     assert twin.packed is layer.packed
-    assert torch.equal(twin(x), y)
-    assert layer.runtime_nbytes > 0
+    y = layer(x)
+    running = copy.deepcopy(layer, {id(t): t for t in (*layer.parameters(), *layer.buffers())})
+    assert torch.equal(twin(x), y) and torch.equal(running(x), y)
+    assert running._kernel is layer._kernel
+    layer.take_back()
+    assert torch.equal(running(x), y)
 
 
 def test_works_in_bfloat16():
     layer = PackedLinear(Integer(4, 32).encode(torch.randn(16, 64)), dtype=torch.bfloat16)
     assert layer(torch.randn(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_tinygemm_against_float64():
+    weight = torch.randn(64, 576)
+    q = Integer(4, 64).encode(weight)
+    layer = PackedLinear(q).cuda()
+    x = torch.randn(5, 576)
+    truth = x.double() @ q.decode().double().T
+    assert (layer(x.cuda()).cpu().double() - truth).norm() / truth.norm() < 2e-2
+    assert layer.runtime_nbytes > 0
+    assert torch.equal(layer.quantized.packed.cpu(), q.packed)

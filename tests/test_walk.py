@@ -37,7 +37,7 @@ def test_statistics_are_exact_on_every_family(each_family, windows, statistic):
     by_weight = {weight_of(m).data_ptr(): n for n, m in linears(each_family.model)}
     checked = []
 
-    def solve(weight, stats):
+    def solve(weight, stats, path):
         name = by_weight[weight.data_ptr()]
         x = inputs[name]
         assert stats.count == len(x) or stats.count > 0
@@ -57,7 +57,7 @@ def test_blocks_see_what_compressed_blocks_produce(tiny_lm, windows):
     form = Integer(3, 16)
     norms = []
 
-    def solve(weight, stats):
+    def solve(weight, stats, path):
         norms.append(stats.channel_norm)
         return form.encode(weight)
 
@@ -83,10 +83,10 @@ def test_rtn_on_every_family(each_family, windows):
 
 def test_shared_inputs_are_gathered_once(tiny_lm, windows):
     grams = []
-    walk(tiny_lm.copy(), windows, "hessian", lambda w, s: grams.append(s) or w, progress=False)
+    walk(tiny_lm.copy(), windows, "hessian", lambda w, s, path: grams.append(s) or w, progress=False)
     assert len(grams) == 14 and len({id(s) for s in grams}) == 8  # q/k/v share, gate/up share
 
 
 def test_unknown_statistic(tiny_lm, windows):
     with pytest.raises(ValueError, match="statistic = 'mean' is not allowed"):
-        walk(tiny_lm, windows, "mean", lambda w, s: w)
+        walk(tiny_lm, windows, "mean", lambda w, s, path: w)

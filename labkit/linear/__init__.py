@@ -1,5 +1,5 @@
 """Linear layers that store packed weights and run on real kernels."""
 
-from labkit.linear.packed import PackedLinear
+from labkit.linear.packed import PackedLinear, exact
 
-__all__ = ["PackedLinear"]
+__all__ = ["PackedLinear", "exact"]

@@ -1,19 +1,23 @@
 """onnxruntime's MatMulNBits as a function: 2-, 4- and 8-bit weights, int8 activations, at the memory roof of a CPU.
 
-With ``accuracy_level=4`` the kernel rounds activations to int8 per block and multiplies integers; other levels are far
-slower. It repacks the weights at load, so it holds a copy of its own. Each session gets one thread: sessions own their
-thread pools, and a hundred spinning pools hang a machine.
+With ``accuracy_level=4`` the kernel rounds activations to int8, block by block, and multiplies integers; other levels
+are far slower. It repacks the weights at load into an order of its own.
+
+Each session gets one thread: sessions own their thread pools, and a hundred spinning pools hang a machine. Many rows
+are shared out over the cores instead: one session may run in several threads at once.
 """
 
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from labkit.formats import Quantized, pack
 
 BLOCKS = (256, 128, 64, 32, 16)
+SHARE = 16  # rows that are worth a thread of their own
 
 
 @functools.cache
@@ -27,15 +31,16 @@ def available() -> bool:
     return True
 
 
-def takes(bits: int, group_size: int) -> bool:
-    """True when the kernel can compute with such codes: 2, 4 or 8 bits, groups that split into blocks of 16 or more."""
-    return bits in (2, 4, 8) and group_size % BLOCKS[-1] == 0 and available()
+def takes(weight, device: torch.device) -> bool:
+    """True when the kernel can multiply by such a weight: integer codes of 2, 4 or 8 bits in groups of 16, 32, … columns."""
+    integers = isinstance(weight, Quantized) and weight.bits in (2, 4, 8)
+    return integers and device.type == "cpu" and weight.group_size % BLOCKS[-1] == 0 and available()
 
 
 class Kernel:
-    """One matrix, ready to multiply: ``kernel(x)`` for fp32 x (rows, in) gives fp32 (rows, out)."""
+    """One matrix, ready to multiply: ``kernel(x)`` for x (rows, in) gives (rows, out), computed in fp32."""
 
-    def __init__(self, weight: Quantized, threads: int = 1):
+    def __init__(self, weight: Quantized):
         import onnxruntime as ort
         from onnx import TensorProto, helper
 
@@ -46,7 +51,6 @@ class Kernel:
         scale = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
         zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
         codes = torch.nn.functional.pad(weight.packed, (0, blocks * size * weight.bits // 8 - weight.packed.shape[1]))
-        self.columns, self.rows = weight.columns, rows
         initializers = [
             ("B", TensorProto.UINT8, (rows, blocks, size * weight.bits // 8), codes),
             ("scales", TensorProto.FLOAT, (rows * blocks,), scale),
@@ -73,13 +77,25 @@ class Kernel:
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         # The runtime keeps the codes in its own order, a scale and a sum per block, and the zeros.
         self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().contiguous().numpy()})[0])
+        parts = min(torch.get_num_threads(), max(1, len(x) // SHARE))
+        if parts == 1:
+            return self._run(x)
+        return torch.cat(list(_pool(parts).map(self._run, x.tensor_split(parts))))
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().float().contiguous().numpy()})[0])
+
+    def __deepcopy__(self, memo) -> Kernel:
+        return self  # it never changes, and a session cannot be copied
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="matmulnbits")

@@ -1,39 +1,60 @@
-"""A linear layer whose weight stays packed: few rows go through a 4-bit kernel, many through a dense product."""
+"""A linear layer whose weight stays packed, and where its codes lie: with us, or with a kernel's runtime."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
 
-from labkit.formats import Quantized
-from labkit.linear import matmulnbits
+from labkit import formats
+from labkit.linear import matmulnbits, tinygemm
 
-DENSE_ROWS = 32  # from this many rows on, unpacking once and a dense product beat the packed kernel
+KERNELS = (matmulnbits, tinygemm)
+
+_exact: ContextVar[bool] = ContextVar("labkit_exact", default=False)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Inside, packed linears unpack their weight and multiply in floating point, as papers on weight-only methods do.
+
+    Outside, a kernel may round activations too: that is what runs. Accuracy is measured inside, time outside.
+    """
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b with W as packed codes, scales and zeros.
+    """y = x Wᵀ + b with W as packed codes and what its format stores beside them.
 
-    On CPU, 2, 4 and 8 bits run on onnxruntime's MatMulNBits for up to ``DENSE_ROWS`` rows (which rounds activations to
-    int8); everything else unpacks the weight to ``dtype`` first, every time, and takes a dense product: correct, and as
-    slow as it is.
+    Where a kernel takes the format, it computes everything (outside of :func:`exact`), and it keeps the codes in an
+    order of its own. So that they are not held twice, ours are released once it is built, and read back out of it when
+    somebody asks for them. Other formats unpack the weight to ``dtype`` at every call and take a dense product:
+    correct, and as slow as it is.
     """
 
-    def __init__(self, weight: Quantized, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(self, weight: formats.Encoded, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.bits, self.group_size = weight.bits, weight.group_size
-        self.in_features, self.out_features = weight.columns, weight.packed.shape[0]
-        self.dtype = dtype
-        self.register_buffer("packed", weight.packed)
-        self.register_buffer("scale", weight.scale)
-        self.register_buffer("zero", weight.zero)
+        self.out_features, self.in_features = weight.shape
+        self.format, self.dtype = weight.spec(), dtype
+        self.stored_nbytes = weight.nbytes
+        self._names = tuple(weight.tensors())
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False) if bias is not None else None
-        self._kernel: matmulnbits.Kernel | None = None  # built at the first call; holds the runtime's own copy
+        self._kernel = None  # built at the first call that can use it
 
     @property
-    def quantized(self) -> Quantized:
-        """The stored weight."""
-        return Quantized(self.packed, self.scale, self.zero, self.bits, self.group_size, self.in_features)
+    def quantized(self) -> formats.Encoded:
+        """The stored weight. Brings the codes back where a kernel has them."""
+        self.take_back()
+        return formats.restore(self.format, self._stored())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -42,46 +63,75 @@ class PackedLinear(nn.Module):
 
     @property
     def runtime_nbytes(self) -> int:
-        """Bytes of the kernel's own copy of the weight, once it has been built."""
+        """Bytes that the kernel's runtime holds for this layer."""
         return self._kernel.nbytes if self._kernel else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // self.in_features
-        if x.device.type == "cpu" and rows <= DENSE_ROWS and matmulnbits.takes(self.bits, self.group_size):
-            if self._kernel is None:
-                self._kernel = matmulnbits.Kernel(self.quantized)
-            y = self._kernel(x.reshape(rows, -1).float()).view(*x.shape[:-1], -1).to(x.dtype)
+        if not _exact.get() and self._ready():
+            y = self._kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def _ready(self) -> bool:
+        """Build the kernel, where there is one, and hand it the codes."""
+        if self._kernel is None:
+            weight = self.quantized
+            found = next((k for k in KERNELS if k.takes(weight, self.scale.device)), None)
+            if found is None:
+                return False
+            self._kernel, self.packed = found.Kernel(weight), None
+        return True
+
+    def take_back(self) -> None:
+        """Read the codes out of the kernel, exactly, and let go of it.
+
+        Each unit vector times the matrix is one column of decoded weights. A unit vector survives the rounding of
+        activations, and a code is a whole number: what the kernel's arithmetic adds to it (below 0.05) rounds away.
+        """
+        if self._kernel is None:
+            return
+        unit = torch.eye(self.in_features, device=self.scale.device)
+        columns = self._kernel(unit).float()  # (in, out)
+        self.packed = columns.new_empty(self.out_features, 0, dtype=torch.uint8)
+        shell = formats.restore(self.format, self._stored())  # all but the codes
+        codes = shell.form.quantize(shell.form.groups(columns.T), shell.params())
+        codes = codes.view(self.out_features, -1)[:, : self.in_features].contiguous()
+        self.packed, self._kernel = formats.pack(codes, shell.form.bits), None
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self._names}
 
     def spec(self) -> dict:
         """What :meth:`from_spec` needs, beside the tensors, to make this layer again."""
         return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
+            "format": self.format,
+            "tensors": self._names,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "zero": self.zero is not None,
             "bias": self.bias is not None,
+            "nbytes": self.stored_nbytes,
         }
 
     @classmethod
     def from_spec(cls, spec: dict) -> PackedLinear:
-        """An empty layer, whose tensors a loader fills in."""
-        empty = torch.empty(spec["out_features"], 0, dtype=torch.uint8)
-        weight = Quantized(
-            empty, empty.half(), empty if spec["zero"] else None, spec["bits"], spec["group_size"], spec["in_features"]
-        )
-        return cls(weight, torch.empty(0) if spec["bias"] else None, getattr(torch, spec["dtype"]))
+        """A layer without content, whose tensors a loader fills in."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = spec["format"]["shape"]
+        layer.format, layer.dtype = spec["format"], getattr(torch, spec["dtype"])
+        layer._names, layer._kernel, layer.stored_nbytes = tuple(spec["tensors"]), None, spec["nbytes"]
+        for name in layer._names:
+            layer.register_buffer(name, torch.empty(0))
+        layer.bias = nn.Parameter(torch.empty(0), requires_grad=False) if spec["bias"] else None
+        return layer
 
-    def __getstate__(self):
-        # A copy shares the tensors and builds its own kernel when it is first called: sessions cannot be copied.
-        return self.__dict__ | {"_kernel": None}
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.take_back()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn, recurse=True):
-        self._kernel = None
+        self.take_back()  # kernels stay on the device they were built for
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+        said = ", ".join(f"{name}={value}" for name, value in self.format.items())
+        return f"{self.in_features}, {self.out_features}, {said}"

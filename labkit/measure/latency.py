@@ -11,8 +11,8 @@ from labkit.measure.measurement import Latency
 def latency(lm, against=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5) -> Latency:
     """Time ``lm``, interleaved with ``against`` where it is given. Decode: ms per token over ``steps`` at ``context``."""
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
-    prefill = timing.compare({name: _prefill(m, prompt) for name, m in models.items()}, rounds=max(2, rounds - 2))
-    decode = timing.compare({name: _decode(m, context, steps) for name, m in models.items()}, rounds=rounds)
+    prefill = timing.compare({name: prefill_run(m, prompt) for name, m in models.items()}, rounds=max(2, rounds - 2))
+    decode = timing.compare({name: decode_run(m, context, steps) for name, m in models.items()}, rounds=rounds)
     p, d = prefill.timings["this"], decode.timings["this"]
     return Latency(
         prefill_ms=1e3 * p.median,
@@ -31,7 +31,7 @@ def _prompt(lm, tokens: int) -> torch.Tensor:
     return torch.arange(tokens, device=lm.device)[None] * 7 % vocabulary
 
 
-def _prefill(lm, tokens: int):
+def prefill_run(lm, tokens: int):
     ids = _prompt(lm, tokens)
 
     @torch.inference_mode()
@@ -41,7 +41,7 @@ def _prefill(lm, tokens: int):
     return run
 
 
-def _decode(lm, context: int, steps: int):
+def decode_run(lm, context: int, steps: int):
     """Greedy decoding of ``steps`` tokens after a prompt; the cache is cut back to the prompt before each run."""
     ids = _prompt(lm, context)
     with torch.inference_mode():

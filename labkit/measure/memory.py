@@ -28,8 +28,8 @@ def bits_per_weight(lm) -> float:
     """Stored bits per weight of the decoder's linear layers: codes, scales and zeros; biases and runtime copies apart."""
     bits = weights = 0
     for layer in linear_layers(lm):
-        if hasattr(layer, "quantized"):
-            bits += 8 * layer.quantized.nbytes
+        if hasattr(layer, "stored_nbytes"):
+            bits += 8 * layer.stored_nbytes
             weights += layer.in_features * layer.out_features
         else:
             bits += 8 * layer.weight.numel() * layer.weight.element_size()

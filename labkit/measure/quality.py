@@ -1,7 +1,8 @@
 """Quality of a model on windows of text: perplexity, KL divergence to the uncompressed model, top-1 agreement.
 
 Convention: windows do not overlap, no BOS is prepended, each token but a window's first is scored, means are over
-tokens. Error bands are the standard error over windows.
+tokens. Error bands are the standard error over windows. Packed weights are multiplied exactly (``labkit.linear.exact``):
+what a kernel's rounding of activations adds is not part of a weight-only method's quality.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from labkit import text
+from labkit.linear import exact
 from labkit.measure.measurement import Quality
 from labkit.progress import track
 
@@ -36,6 +38,7 @@ def divergence(lm, reference, windows: torch.Tensor, progress: bool = False) -> 
     return Divergence(q.kl, q.kl_se, q.top1, q.top1_se)
 
 
+@exact()
 @torch.inference_mode()
 def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, what: str = "quality") -> Quality:
     """All quality figures in one pass, window by window, so that only one window's logits are held at a time."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from labkit.formats import Integer
-from labkit.method import Method, knob
+from labkit.method import Method
+from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of
 from labkit.walk import walk
 
 
@@ -25,17 +25,11 @@ class RTN(Method):
     lossless: ClassVar[dict] = {"bits": 8, "group_size": 32}
     lossless_kl: ClassVar[float] = 2e-3
 
-    bits: int = knob(4, low=2, high=8, help="Bits per weight code.")
-    group_size: int | None = knob(
-        64,
-        low=8,
-        high=65536,
-        stops=(32, 64, 128, None),
-        none="per row",
-        help="Columns of a row that share a scale. A last group that does not come out even is shorter.",
-    )
-    symmetric: bool = knob(False, help="Put zero in the middle of the grid, and store no zero point.")
+    bits: int = BITS
+    group_size: int | None = GROUP_SIZE
+    symmetric: bool = SYMMETRIC
+    format: str = FORMAT
 
     def apply(self, lm, calib, progress: bool) -> None:
-        form = Integer(self.bits, self.group_size, self.symmetric)
-        walk(lm, calib, "none", lambda weight, stats: form.encode(weight), f"RTN to {self.bits} bits", progress)
+        form = format_of(self)
+        walk(lm, calib, "none", lambda weight, stats, path: form.encode(weight), f"RTN to {form.bits} bits", progress)

@@ -1,0 +1,84 @@
+"""GPTQ: round column by column, and let the columns still to come make up for each rounding error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from labkit.formats import Encoded, Format
+from labkit.method import Method, knob
+from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of
+from labkit.walk import Stats, walk
+
+BLOCK = 128  # columns whose updates to the rest of the matrix are made in one product
+
+
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """Round column by column; the columns still to come make up for each rounding error.
+
+    The layer's inputs X say how: H = 2XXᵀ over the calibration is the Hessian of the squared output error. The error of
+    column j, divided by the j-th diagonal entry of the upper Cholesky factor of H⁻¹, is taken from the later columns in
+    proportion to that factor's row j.
+    """
+
+    kind: ClassVar[str] = "quantize"
+    paper: ClassVar[str] = "Frantar et al., GPTQ, ICLR 2023, section 3 and algorithm 1"
+    calibrated: ClassVar[bool] = True
+    lossless: ClassVar[dict] = {"bits": 8, "group_size": 32}
+    lossless_kl: ClassVar[float] = 2e-3
+
+    bits: int = BITS
+    group_size: int | None = GROUP_SIZE
+    symmetric: bool = SYMMETRIC
+    format: str = FORMAT
+    act_order: bool = knob(True, help="Round the columns with the largest inputs first, while many can still make up.")
+    damp: float = knob(
+        0.01, low=0.0001, high=1.0, stops=(0.001, 0.01, 0.03, 0.1, 0.3), help="Share of H's mean diagonal added to it."
+    )
+    compensate: bool = knob(True, help="Off: no column makes up for another, which leaves plain rounding.")
+
+    def apply(self, lm, calib, progress: bool) -> None:
+        form = format_of(self)
+
+        def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
+            if not self.compensate:
+                return form.encode(weight)
+            return gptq(weight, stats, form, self.act_order, self.damp)
+
+        walk(lm, calib, "hessian", solve, f"GPTQ to {form.bits} bits", progress)
+
+
+def gptq(weight: torch.Tensor, stats: Stats, form: Format, act_order: bool = True, damp: float = 0.01) -> Encoded:
+    """Encode a weight (out, in) whose inputs had these statistics.
+
+    With ``act_order`` the groups' grids come from the weights as they were ("static groups"), since neighbours are no
+    longer rounded together; without it each grid is fitted to the updated weights when its group's turn comes.
+    """
+    columns, size = weight.shape[1], form.size(weight.shape[1])
+    order, factor, dead = stats.cholesky(damp, act_order)
+    weight = weight.masked_fill(dead, 0)  # inputs that are always zero: their weights do not matter
+    params = form.fit(form.groups(weight))
+    grids = [form.slice(params, g) for g in range(-(-columns // size))]
+    todo = weight[:, order].T.contiguous()  # (in, out): a column of the weight is one run of memory
+    codes = torch.empty(todo.shape, dtype=torch.uint8, device=todo.device)
+    group_of = (order // size).tolist()
+    width = BLOCK if size % BLOCK == 0 else size * max(1, BLOCK // size)  # whole groups
+    for start in range(0, columns, width):
+        block, rows = todo[start : start + width], factor[start : start + width, start : start + width]
+        errors = torch.empty_like(block)
+        for j, diagonal in enumerate(rows.diagonal().tolist()):
+            group = group_of[start + j]
+            if not act_order and (start + j) % size == 0:
+                now = todo[start + j : start + j + size].T
+                grids[group] = form.fit(now[:, None], like=grids[group])
+            codes[start + j] = code = form.quantize(block[j, :, None, None], grids[group])[:, 0, 0]
+            value = form.dequantize(code[:, None, None], grids[group])[:, 0, 0]
+            errors[j] = (block[j] - value) / diagonal
+            block[j:].addr_(rows[j, j:], errors[j], alpha=-1)
+        todo[start + width :].addmm_(factor[start : start + width, start + width :].T, errors, alpha=-1)
+    back = torch.empty_like(codes)
+    back[order] = codes
+    return form.assemble(back.T.contiguous(), form.join(grids))
