@@ -260,8 +260,8 @@ def _commands() -> dict:
 
 def _command(subparsers, name: str, run, help: str, examples: str, usage: str | None = None) -> Parser:
     text = "examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ")
-    kwargs = {"description": help, "epilog": text, "usage": usage}
-    parser = Parser(prog=f"labkit {name}", **kwargs) if subparsers is None else subparsers.add_parser(name, **kwargs)
+    kwargs = {"prog": f"labkit {name}", "description": help, "epilog": text, "usage": usage}
+    parser = Parser(**kwargs) if subparsers is None else subparsers.add_parser(name, **kwargs)
     parser.set_defaults(run=run)
     return parser
 
@@ -291,7 +291,9 @@ def _methods_parser(subparsers) -> Parser:
         "Every technique that labkit has, and its knobs with their defaults.",
         "labkit methods\nlabkit methods --json",
     )
-    parser.add_argument("--json", action="store_true", help="as JSON, with what each knob allows")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON, with what each knob allows")
+    form.add_argument("--markdown", action="store_true", help="as the README's table")
     return parser
 
 
@@ -302,12 +304,25 @@ def _run_methods(options) -> None:
     if options.json:
         print(json.dumps({name: _described(cls) for name, cls in found.items()}, indent=1))
         return
+    if options.markdown:
+        print(markdown(found))
+        return
     rows = [("method", "kind", "calibrated", "knobs and their defaults")]
     for name, cls in found.items():
         knobs = "  ".join(f"{_flag(n)} {'none' if k.default is None else k.default}" for n, k in cls.knobs().items())
         rows.append((name, cls.kind, "yes" if cls.calibrated else "no", knobs))
     print(_columns(rows))
     print("\n`labkit show METHOD` tells what a method does and what each knob allows.")
+
+
+def markdown(found: dict[str, type]) -> str:
+    """The methods as a table in Markdown."""
+    rows = ["| method | kind | what it does | knobs and their defaults | source |", "|---|---|---|---|---|"]
+    for name, cls in found.items():
+        knobs = ", ".join(f"`{n}={k.default!r}`" for n, k in cls.knobs().items())
+        cells = (f"**{name}**", cls.kind, cls.summary(), knobs or "none", cls.paper)
+        rows.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    return "\n".join(rows)
 
 
 def _described(cls: type) -> dict:
