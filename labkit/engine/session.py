@@ -114,7 +114,7 @@ class CompiledModel:
     # --- step by step ---
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Start a text: fill this thread's cache with LongTensor (1, tokens). Returns the last token's logits (1, vocabulary)."""
+        """Start a text: fill this thread's cache with LongTensor (1, tokens). Gives the last logits, (1, vocabulary)."""
         return self._cache().begin(self._ids(ids))
 
     def decode(self, token: int) -> torch.Tensor:
