@@ -4,7 +4,7 @@ from labkit import text
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
-from labkit.quantize import AWQ, GPTQ, RTN
+from labkit.quantize import AWQ, GPTQ, HQQ, RTN, SmoothQuant
 from labkit.record import record
 from labkit.results import Store
 from labkit.sweep import sweep
@@ -13,6 +13,8 @@ __all__ = [
     "RTN",
     "GPTQ",
     "AWQ",
+    "SmoothQuant",
+    "HQQ",
     "LanguageModel",
     "Measurement",
     "Method",

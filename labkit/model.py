@@ -162,7 +162,7 @@ def _load_saved(folder: Path) -> LanguageModel:
     import transformers
     from safetensors.torch import load_file
 
-    from labkit.linear import PackedLinear
+    from labkit import linear
 
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -171,7 +171,7 @@ def _load_saved(folder: Path) -> LanguageModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = getattr(transformers, manifest["class"])(config)
         for path, spec in manifest["packed"].items():
-            model.set_submodule(path, PackedLinear.from_spec(spec))
+            model.set_submodule(path, linear.from_spec(spec))
         for alias, original in manifest["shared"].items():
             tensors[alias] = tensors[original]
         for name, tensor in tensors.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from labkit.linear import PackedLinear, exact
+from labkit.linear import STORED, PackedLinear, exact
 from labkit.progress import track
 
 STATISTICS = ("none", "channel_norm", "channel_max", "hessian")
@@ -121,8 +121,8 @@ def blocks(model) -> nn.ModuleList:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's packed linears."""
-    return isinstance(module, (nn.Linear, PackedLinear)) or _is_conv1d(module)
+    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller."""
+    return isinstance(module, (nn.Linear, *STORED)) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -161,7 +161,7 @@ def walk(
 
     ``solve`` takes the weight (out, in) in fp32, its :class:`Stats` and the layer's path in the model. It returns a new
     weight of that shape, an encoded one (``labkit.formats.Encoded``), which becomes a packed linear, or a module that
-    takes the linear's place (its bias is set here). ``prepare(block, flow, index)``, where it
+    takes the linear's place (its bias and dtype are set here). ``prepare(block, flow, index)``, where it
     is given, may change the block's dense weights before its statistics are gathered. Raises ValueError on a NaN in a
     weight or in an activation, naming the layer.
     """
@@ -187,13 +187,13 @@ def walk(
 
 def replace(block: nn.Module, name: str, module: nn.Module, solved) -> None:
     """Put a solved weight, dense (out, in) or encoded, in the place of a linear."""
-    dtype = module.dtype if isinstance(module, PackedLinear) else module.weight.dtype
+    dtype = module.dtype if isinstance(module, STORED) else module.weight.dtype
     if isinstance(solved, nn.Module):
-        solved.bias = module.bias
+        solved.bias, solved.dtype = module.bias, dtype
         block.set_submodule(name, solved)
     elif not isinstance(solved, torch.Tensor):
         block.set_submodule(name, PackedLinear(solved, module.bias, dtype=dtype))
-    elif isinstance(module, PackedLinear):
+    elif isinstance(module, STORED):
         dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         dense.weight, dense.bias = nn.Parameter(solved.to(dtype), requires_grad=False), module.bias
         block.set_submodule(name, dense)
@@ -204,7 +204,7 @@ def replace(block: nn.Module, name: str, module: nn.Module, solved) -> None:
 def _unpack(block: nn.Module) -> None:
     """Make packed linears dense, with the same values."""
     for name, module in list(linears(block)):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, STORED):
             replace(block, name, module, module.weight)
 
 

@@ -1,5 +1,6 @@
 """Number formats: encode a weight matrix into codes and metadata, decode it, and count its true bits."""
 
+from labkit.formats.affine import Affine
 from labkit.formats.base import Encoded, Format, Params
 from labkit.formats.integer import Integer, Quantized
 from labkit.formats.pack import pack, unpack
@@ -10,6 +11,7 @@ __all__ = [
     "Encoded",
     "Params",
     "Integer",
+    "Affine",
     "Quantized",
     "FORMATS",
     "by_name",

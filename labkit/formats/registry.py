@@ -6,12 +6,14 @@ from dataclasses import fields
 
 import torch
 
+from labkit.formats.affine import Affine
 from labkit.formats.base import Encoded, Format
 from labkit.formats.integer import Integer
 
 # name -> the class, and those of its settings that the name decides.
 FORMATS: dict[str, tuple[type, dict]] = {
     "int": (Integer, {}),
+    "affine": (Affine, {}),
 }
 
 

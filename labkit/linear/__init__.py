@@ -1,5 +1,14 @@
 """Linear layers that store packed weights and run on real kernels."""
 
 from labkit.linear.packed import PackedLinear, exact
+from labkit.linear.w8a8 import W8A8Linear
 
-__all__ = ["PackedLinear", "exact"]
+STORED = (PackedLinear, W8A8Linear)  # all of them: each has weight, stored_nbytes, spec and from_spec
+
+
+def from_spec(spec: dict):
+    """An empty layer as its ``spec()`` describes it, whose tensors a loader fills in."""
+    return {cls.__name__: cls for cls in STORED}[spec["module"]].from_spec(spec)
+
+
+__all__ = ["STORED", "PackedLinear", "W8A8Linear", "exact", "from_spec"]

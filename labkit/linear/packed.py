@@ -104,6 +104,7 @@ class PackedLinear(nn.Module):
     def spec(self) -> dict:
         """What :meth:`from_spec` needs, beside the tensors, to make this layer again."""
         return {
+            "module": "PackedLinear",
             "format": self.format,
             "tensors": self._names,
             "dtype": str(self.dtype).removeprefix("torch."),

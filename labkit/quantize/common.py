@@ -26,9 +26,8 @@ FORMAT = knob(
 
 def format_of(method) -> formats.Format:
     """The number format that a method's knobs describe."""
-    if method.format == "int":
-        return formats.Integer(method.bits, method.group_size, method.symmetric)
-    return formats.by_name(method.format)
+    taken = formats.settings(method.format)
+    return formats.by_name(method.format, **{k: v for k, v in method.values().items() if k in taken})
 
 
 def rounded(weight: torch.Tensor, form: formats.Format) -> torch.Tensor:

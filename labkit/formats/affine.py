@@ -1,0 +1,67 @@
+"""Integers with a scale and a real-valued minimum per group: the shape of GGUF's Q4_1, and what HQQ writes.
+
+    weight ≈ code * scale + minimum
+
+The minimum is any fp16 number, where :class:`labkit.formats.Integer` has a zero point that is itself a code. It costs
+16 bits per group in place of ``bits``, and zero need not be on the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from labkit.formats.base import Format, Params, check_group_size, stored
+
+
+@dataclass(frozen=True)
+class Affine(Format):
+    """The format: codes of ``bits`` (2 to 8), fp16 scale and minimum per ``group_size`` columns (None: per row)."""
+
+    name: ClassVar[str] = "affine"
+
+    bits: int
+    group_size: int | None = None
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits = {self.bits!r} is not allowed: it must be from 2 to 8.")
+        check_group_size(self.group_size)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0, like: Params | None = None) -> Params:
+        """Scale and minimum of each group, as fp16 stores them: (out, groups, size) -> two of (out, groups)."""
+        low, high = groups.amin(-1), groups.amax(-1)
+        middle, half = (low + high) / 2, (high - low) / 2 * shrink
+        return stored(2 * half / self.top), _half(middle - half)
+
+    def quantize(self, x: torch.Tensor, params: Params) -> torch.Tensor:
+        scale, minimum = params
+        return ((x - minimum[..., None]) / scale[..., None]).round_().clamp_(0, self.top).to(torch.uint8)
+
+    def dequantize(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        scale, minimum = params
+        return codes.float() * scale[..., None] + minimum[..., None]
+
+    def levels(self) -> torch.Tensor:
+        """0 … 2^bits - 1; a group's minimum shifts them."""
+        return torch.arange(self.top + 1).float()
+
+    def store(self, params: Params) -> dict[str, torch.Tensor]:
+        scale, minimum = params
+        return {"scale": scale.to(torch.float16), "minimum": minimum.to(torch.float16)}
+
+    def load(self, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> Params:
+        return stored["scale"].float(), stored["minimum"].float()
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """As fp16 keeps it, in fp32, never infinite."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).to(torch.float16).float()
