@@ -3,8 +3,13 @@
 from labkit.formats.affine import Affine
 from labkit.formats.base import Encoded, Format, Params
 from labkit.formats.integer import Integer, Quantized
+from labkit.formats.minifloat import MINIFLOATS, Minifloat
+from labkit.formats.mx import MXFP4, MXFP6, MXFP8
+from labkit.formats.nf4 import NF4
+from labkit.formats.nvfp4 import NVFP4
 from labkit.formats.pack import pack, unpack
 from labkit.formats.registry import FORMATS, by_name, restore, settings
+from labkit.formats.scaled_float import FP4, FP6, Float8
 
 __all__ = [
     "Format",
@@ -13,6 +18,16 @@ __all__ = [
     "Integer",
     "Affine",
     "Quantized",
+    "Float8",
+    "FP6",
+    "FP4",
+    "MXFP8",
+    "MXFP6",
+    "MXFP4",
+    "NVFP4",
+    "NF4",
+    "Minifloat",
+    "MINIFLOATS",
     "FORMATS",
     "by_name",
     "settings",

@@ -9,10 +9,24 @@ import torch
 from labkit.formats.affine import Affine
 from labkit.formats.base import Encoded, Format
 from labkit.formats.integer import Integer
+from labkit.formats.mx import MXFP4, MXFP6, MXFP8
+from labkit.formats.nf4 import NF4
+from labkit.formats.nvfp4 import NVFP4
+from labkit.formats.scaled_float import FP4, FP6, Float8
 
 # name -> the class, and those of its settings that the name decides.
 FORMATS: dict[str, tuple[type, dict]] = {
     "int": (Integer, {}),
+    "nf4": (NF4, {}),
+    "fp4": (FP4, {}),
+    "mxfp4": (MXFP4, {}),
+    "nvfp4": (NVFP4, {}),
+    "fp6_e2m3": (FP6, {"variant": "e2m3"}),
+    "fp6_e3m2": (FP6, {"variant": "e3m2"}),
+    "mxfp6": (MXFP6, {}),
+    "fp8_e4m3": (Float8, {"variant": "e4m3"}),
+    "fp8_e5m2": (Float8, {"variant": "e5m2"}),
+    "mxfp8": (MXFP8, {}),
     "affine": (Affine, {}),
 }
 

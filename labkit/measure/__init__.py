@@ -30,11 +30,13 @@ def measure(
     length: int = 512,
     latency: bool = True,
     progress: bool = True,
+    engine: bool = True,
 ) -> Measurement:
     """Measure a model on this machine, now.
 
     ``against``: the uncompressed model, for KL, agreement and interleaved speed ratios. ``texts``: corpora or paths,
-    each cut into ``windows`` of ``length`` tokens. ``latency=False`` leaves the timing out.
+    each cut into ``windows`` of ``length`` tokens. ``latency=False`` leaves the timing out, and ``engine=False`` that of
+    the compiled model (see :func:`labkit.compile`), which is also left out where there is none for this model.
     """
     found, hashes = {}, {}
     with memory.peak(lm.device) as peak:
@@ -42,7 +44,8 @@ def measure(
             ids = text.evaluation(lm, windows, length, name)
             found[str(name)] = quality(lm, ids, against, progress, f"quality on {name}")
             hashes[str(name)] = text.fingerprint(ids)
-        timed = _latency(lm, against) if latency else None
+        engines = [compiled(m) for m in (lm, against) if m is not None] if latency and engine else []
+        eager, graph = _latency(lm, against, engines) if latency else (None, None)
     return Measurement(
         model=lm.name,
         method=" -> ".join(lm.history) or "uncompressed",
@@ -53,8 +56,24 @@ def measure(
             bits_per_weight=memory.bits_per_weight(lm),
             kv_per_token=memory.kv_per_token(lm),
             peak=peak.bytes,
+            engine=engines[0].nbytes if engines and engines[0] else None,
         ),
-        latency=timed,
+        latency=eager,
+        engine=graph,
         device=str(lm.device),
         texts=hashes,
     )
+
+
+def compiled(lm):
+    """The model as one graph, or None where it cannot be one: another family, a GPU, no onnxruntime."""
+    if lm.device.type != "cpu":
+        return None
+    try:
+        from labkit.engine import NotCompilable, compile
+    except ImportError:
+        return None
+    try:
+        return compile(lm)
+    except NotCompilable:
+        return None

@@ -1,4 +1,8 @@
-"""Latency of a whole model: prefill of a prompt, and decoding one token at a time with the cache."""
+"""Latency of a whole model: prefill of a prompt, and decoding one token at a time with the cache.
+
+Two ways: *eager*, through transformers, where everything can be looked at and Python runs between hundreds of small
+operators; and the *engine*, the whole model as one onnxruntime graph, where little but the reading of weights is left.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,39 @@ from labkit.measure import timing
 from labkit.measure.measurement import Latency
 
 
-def latency(lm, against=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5) -> Latency:
-    """Time ``lm``, interleaved with ``against`` where it is given. Decode: ms per token over ``steps`` at ``context``."""
+def latency(
+    lm, against=None, engines=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5
+) -> tuple[Latency, Latency | None]:
+    """Time ``lm``, eager and, where there are ``engines``, compiled; interleaved with ``against`` where it is given.
+
+    ``engines``: compiled models (of ``lm``, of ``against`` or None), or None. Decode: ms per token over ``steps`` at
+    ``context``. The ratios of the engine are to the compiled ``against``.
+    """
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
-    prefill = timing.compare({name: prefill_run(m, prompt) for name, m in models.items()}, rounds=max(2, rounds - 2))
-    decode = timing.compare({name: decode_run(m, context, steps) for name, m in models.items()}, rounds=rounds)
-    p, d = prefill.timings["this"], decode.timings["this"]
-    return Latency(
-        prefill_ms=1e3 * p.median,
-        prefill_iqr=1e3 * p.iqr,
-        prefill_tokens=prompt,
-        decode_ms=1e3 * d.median / steps,
-        decode_iqr=1e3 * d.iqr / steps,
-        threads=torch.get_num_threads(),
-        prefill_ratio=None if against is None else prefill.ratio["this"],
-        decode_ratio=None if against is None else decode.ratio["this"],
-    )
+    prefills = {name: prefill_run(m, prompt) for name, m in models.items()}
+    decodes = {name: decode_run(m, context, steps) for name, m in models.items()}
+    if engines:
+        for name, engine in zip(("engine", "engine baseline"), engines):
+            if engine is not None:
+                prefills[name] = engine_prefill_run(engine, lm, prompt)
+                decodes[name] = engine_decode_run(engine, lm, context, steps)
+    prefill = timing.compare(prefills, rounds=max(2, rounds - 2))
+    decode = timing.compare(decodes, rounds=rounds)
+
+    def made(name: str, base: str) -> Latency:
+        p, d = prefill.timings[name], decode.timings[name]
+        return Latency(
+            prefill_ms=1e3 * p.median,
+            prefill_iqr=1e3 * p.iqr,
+            prefill_tokens=prompt,
+            decode_ms=1e3 * d.median / steps,
+            decode_iqr=1e3 * d.iqr / steps,
+            threads=torch.get_num_threads(),
+            prefill_ratio=prefill.between(base, name) if base in prefills else None,
+            decode_ratio=decode.between(base, name) if base in decodes else None,
+        )
+
+    return made("this", "baseline"), made("engine", "engine baseline") if "engine" in decodes else None
 
 
 def _prompt(lm, tokens: int) -> torch.Tensor:
@@ -32,6 +53,7 @@ def _prompt(lm, tokens: int) -> torch.Tensor:
 
 
 def prefill_run(lm, tokens: int):
+    """A callable that reads a prompt of that many tokens."""
     ids = _prompt(lm, tokens)
 
     @torch.inference_mode()
@@ -55,5 +77,28 @@ def decode_run(lm, context: int, steps: int):
         token = first
         for _ in range(steps):
             token = lm.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    return run
+
+
+def engine_prefill_run(engine, lm, tokens: int):
+    """The same for a compiled model of ``lm``."""
+    ids = _prompt(lm, tokens).cpu()
+    return lambda: engine.prefill(ids)
+
+
+def engine_decode_run(engine, lm, context: int, steps: int):
+    """The same for a compiled model of ``lm``."""
+    ids = _prompt(lm, context).cpu()
+    first = int(engine.prefill(ids).argmax())
+
+    def run():
+        if engine.length > context:
+            engine.rewind(context)
+        else:  # a prefill run came between
+            engine.prefill(ids)
+        token = first
+        for _ in range(steps):
+            token = int(engine.decode(token).argmax())
 
     return run

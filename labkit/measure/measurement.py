@@ -28,6 +28,7 @@ class Memory:
     bits_per_weight: float  # of the decoder's linear layers: stored codes, scales and zeros over weights
     kv_per_token: int  # bytes the KV cache grows by with each token, batch 1
     peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring
+    engine: int | None = None  # weights of the compiled model, head and embedding packed to 8 bits
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Measurement:
     method: str  # repr of the technique(s), "uncompressed" for the baseline
     quality: dict[str, Quality]  # by text: "manual", "prose", …
     memory: Memory
-    latency: Latency | None
+    latency: Latency | None  # eager, through transformers
     device: str
     label: str = "measured"
+    engine: Latency | None = None  # as one graph; its ratios are to the uncompressed model as one graph
     texts: dict[str, str] = field(default_factory=dict)  # text -> hash of its token ids
 
     def to_dict(self) -> dict:
@@ -66,7 +68,8 @@ class Measurement:
         row = dict(row)
         row["quality"] = {name: Quality(**q) for name, q in row["quality"].items()}
         row["memory"] = Memory(**row["memory"])
-        row["latency"] = Latency(**row["latency"]) if row.get("latency") else None
+        for way in ("latency", "engine"):
+            row[way] = Latency(**row[way]) if row.get(way) else None
         return cls(**row)
 
     def table(self) -> list[tuple[str, str, str]]:
@@ -82,18 +85,24 @@ class Measurement:
             ("weights held", f"{m.weights / 1e6:.1f}", "MB"),
             ("linear layers", f"{m.linears / 1e6:.1f}", "MB"),
             ("bits per linear weight", f"{m.bits_per_weight:.2f}", "bits, metadata included"),
+            *(
+                [("weights as one graph", f"{m.engine / 1e6:.1f}", "MB, head and embedding at 8 bits")]
+                if m.engine
+                else []
+            ),
             ("KV cache", f"{m.kv_per_token / 1024:.1f}", "KiB per token"),
         ]
         if m.peak is not None:
             rows.append(("peak memory while measuring", f"{m.peak / 1e6:.0f}", "MB"))
-        if self.latency:
-            t = self.latency
-            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the baseline's speed)"
+        for t, way in ((self.latency, ""), (self.engine, ", one graph")):
+            if t is None:
+                continue
+            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the baseline's speed{way})"
             rows.append(
-                (f"prefill, {t.prefill_tokens} tokens", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster)
+                (f"prefill, {t.prefill_tokens} tokens{way}", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster)
             )
-            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the baseline's speed)"
-            rows.append(("decode", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
+            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the baseline's speed{way})"
+            rows.append((f"decode{way}", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
         return rows
 
     def __str__(self) -> str:

@@ -26,8 +26,8 @@ FORMAT = knob(
 
 def format_of(method) -> formats.Format:
     """The number format that a method's knobs describe."""
-    taken = formats.settings(method.format)
-    return formats.by_name(method.format, **{k: v for k, v in method.values().items() if k in taken})
+    taken = set(formats.settings(method.format)) & {"bits", "group_size", "symmetric"}
+    return formats.by_name(method.format, **{name: getattr(method, name) for name in taken})
 
 
 def rounded(weight: torch.Tensor, form: formats.Format) -> torch.Tensor:

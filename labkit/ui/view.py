@@ -17,6 +17,7 @@ go = need("plotly.graph_objects")
 
 KV_TOKENS = 1000  # the cache length that the memory figure shows
 BASE, NOW = "uncompressed", "compressed"
+WAYS = {"latency": "eager", "engine": "one graph"}  # a Measurement's two latencies
 
 
 @dataclass(frozen=True)
@@ -149,34 +150,45 @@ def memory(baseline, current=None) -> go.Figure:
 
 
 def latency(baseline, current=None) -> go.Figure:
-    """Prefill (left) and decode (right); error bars span the interquartile range, labels give the paired ratio."""
-    old = baseline.latency
-    new = current.latency if current else None
-    data, notes = [], []
+    """Prefill (left) and decode (right), eager and as one graph; error bars span the interquartile range.
+
+    The labels give the paired ratio to the uncompressed model, run the same way.
+    """
+    shown = (baseline, BASE, theme.BASELINE), (current, NOW, theme.NOW)
+    ways = [way for way in WAYS if any(m and getattr(m, way) for m, _, _ in shown)]
+    data, notes, tops = [], [], []
     for which, suffix in (("prefill", ""), ("decode", "2")):
-        for t, name, color in ((old, BASE, theme.BASELINE), (new, NOW, theme.NOW)):
-            ms = getattr(t, f"{which}_ms") if t else None
-            half = getattr(t, f"{which}_iqr") / 2 if t else None  # the range is drawn half up, half down
-            bar = _bars(name, [which], [ms], [half], color, text=False)
-            hover = f"{which}: %{{y:.1f}} ms<extra>{name}</extra>"
+        label = {way: WAYS[way] if len(ways) > 1 else which for way in ways}
+        tallest = {}
+        for m, name, color in shown:
+            times = {way: getattr(m, way) for way in ways if m}
+            ms = {way: t and getattr(t, f"{which}_ms") for way, t in times.items()}
+            half = {way: t and getattr(t, f"{which}_iqr") / 2 for way, t in times.items()}  # half up, half down
+            for way in ways:
+                tallest[way] = max(tallest.get(way, 0.0), (ms.get(way) or 0.0) + (half.get(way) or 0.0))
+            bar = _bars(
+                name, list(label.values()), [ms.get(w) for w in ways], [half.get(w) for w in ways], color, False
+            )
+            hover = f"{which}, %{{x}}: %{{y:.1f}} ms<extra>{name}</extra>"
             links = {"xaxis": "x" + suffix, "yaxis": "y" + suffix, "legendgroup": name, "showlegend": not suffix}
             data.append(bar | links | {"hovertemplate": hover})
-        speed = getattr(new, f"{which}_ratio") if new else None
-        tallest = max([getattr(t, f"{which}_ms") + getattr(t, f"{which}_iqr") / 2 for t in (old, new) if t] or [1.0])
-        text = f"{words.ratio(speed)} as fast" if speed else ""
-        notes.append(_note(which, tallest, text, f"x{suffix}", f"y{suffix}"))
-    tokens = (new or old).prefill_tokens if (new or old) else 0
-    tops = [1.2 * max(note["y"], 1e-9) for note in notes]
-    if not (old or new):
+        for way in ways:
+            t = getattr(current, way) if current else None
+            speed = getattr(t, f"{which}_ratio") if t else None
+            text = (f"{words.ratio(speed)} as fast" if len(ways) == 1 else words.ratio(speed)) if speed else ""
+            notes.append(_note(label[way], tallest[way], text, f"x{suffix}", f"y{suffix}"))
+        tops.append(1.2 * max([*tallest.values(), 1e-9]))
+    tokens = next((getattr(m, way).prefill_tokens for m, _, _ in shown if m for way in ways if getattr(m, way)), 0)
+    if not ways:
         notes = [_note(0.5, 0.5, "not measured", "paper", "paper")]
     return go.Figure(
         data,
         layout(
             "Latency",
             barmode="group",
-            xaxis=axis(showgrid=False, domain=[0, 0.36]),
+            xaxis=axis("prefill" if len(ways) > 1 else "", showgrid=False, domain=[0, 0.36]),
             yaxis=axis(f"ms for {tokens} tokens" if tokens else "ms", range=[0, tops[0]]),
-            xaxis2=axis(showgrid=False, domain=[0.62, 1], anchor="y2"),
+            xaxis2=axis("decode" if len(ways) > 1 else "", showgrid=False, domain=[0.62, 1], anchor="y2"),
             yaxis2=axis("ms per token", anchor="x2", range=[0, tops[1]]),
             annotations=notes,
         ),
@@ -215,14 +227,19 @@ def table(baseline, current=None, before=None) -> str:
     row("linear layers", "MB", lambda m: words.short(m.memory.linears / 1e6))
     row("bits per linear weight", "metadata included", lambda m: f"{m.memory.bits_per_weight:.2f}")
     row(f"KV cache, {KV_TOKENS:,} tokens", "MB", lambda m: words.short(m.memory.kv_per_token * KV_TOKENS / 1e6))
-    row(
-        "prefill",
-        "ms, median ± IQR",
-        lambda m: m.latency and f"{m.latency.prefill_ms:,.0f} ± {m.latency.prefill_iqr:,.0f}",
-    )
-    row("decode", "ms per token", lambda m: m.latency and f"{m.latency.decode_ms:,.1f} ± {m.latency.decode_iqr:,.1f}")
-    for phase in ("prefill", "decode"):
-        row(f"{phase} speed", "paired with the uncompressed model", lambda m, p=phase: _speed(m, p))
+    row("weights as one graph", "MB", lambda m: m.memory.engine and words.short(m.memory.engine / 1e6))
+    for way, name in WAYS.items():
+        name = "" if way == "latency" else f", {name}"
+
+        def time(m, phase: str, digits: int, way=way) -> str:
+            t = getattr(m, way)
+            return t and f"{getattr(t, phase + '_ms'):,.{digits}f} ± {getattr(t, phase + '_iqr'):,.{digits}f}"
+
+        row(f"prefill{name}", "ms, median ± IQR", lambda m, time=time: time(m, "prefill", 0))
+        row(f"decode{name}", "ms per token", lambda m, time=time: time(m, "decode", 1))
+        for phase in ("prefill", "decode"):
+            paired = "paired with the uncompressed model"
+            row(f"{phase} speed{name}", paired, lambda m, p=phase, way=way: _speed(getattr(m, way), p))
 
     left, right = (
         "text-align:left;padding:2px 12px 2px 0",
@@ -240,11 +257,11 @@ def table(baseline, current=None, before=None) -> str:
 
 def without_times(m):
     """The same measurement without its latency: for a baseline whose times come from another machine."""
-    return replace(m, latency=None)
+    return replace(m, latency=None, engine=None)
 
 
-def _speed(m, phase: str) -> str:
-    speed = getattr(m.latency, f"{phase}_ratio") if m.latency else None
+def _speed(t, phase: str) -> str:
+    speed = getattr(t, f"{phase}_ratio") if t else None
     return words.ratio(speed) if speed else ""
 
 

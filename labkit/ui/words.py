@@ -152,7 +152,7 @@ def pace(phase: str, ms: float, iqr: float, speed: float | None, unit: str) -> s
 
 
 def latency(current) -> str:
-    """Decode and prefill in one sentence; says so when neither was measured."""
+    """Decode and prefill in one sentence, and decode as one graph; says so when nothing was measured."""
     t = current.latency
     if t is None:
         return "Latency was not measured."
@@ -160,6 +160,9 @@ def latency(current) -> str:
         pace("decode", t.decode_ms, t.decode_iqr, t.decode_ratio, "ms per token"),
         pace("prefill", t.prefill_ms, t.prefill_iqr, t.prefill_ratio, "ms"),
     ]
+    if current.engine is not None:
+        e = current.engine
+        parts.append("as one graph " + pace("decode", e.decode_ms, e.decode_iqr, e.decode_ratio, "ms per token"))
     return sentence("; ".join(parts))
 
 
