@@ -21,7 +21,7 @@ def explore(
     compute: Callable,
     start: Mapping | None = None,
     help: Mapping[str, str] | None = None,
-    slow: bool = False,
+    slow: bool | Callable[..., bool] = False,
     **settings,
 ):
     """Controls for the arguments of ``compute``, and what it returns below them.
@@ -36,8 +36,9 @@ def explore(
         The values to start from; by default each setting's first.
     help : dict, optional
         A few words beside each control.
-    slow : bool
-        True for functions that measure: they wait until the hand rests, and never run two at a time.
+    slow : bool or callable
+        True for functions that measure: they wait until the hand rests, and never run two at a time. A function of the
+        settings says which of them still have to be measured; the others are shown at once.
     **settings
         One control each: a list of positions becomes a slider, strings become buttons, a dict of label: value a
         slider with those labels, True or False (or a list of both) a check box, a Knob its own control, a widget stays itself.
@@ -57,8 +58,9 @@ class Explorer(Live):
         unknown = sorted({*start, *help} - set(settings))
         if unknown:
             raise ValueError(f"explore has no setting {', '.join(unknown)}; its settings are {', '.join(settings)}.")
-        super().__init__(Latest(wait=0.3 if slow else 0.0, exclusive=slow))
+        super().__init__(Latest(wait=0.3 if slow else 0.0, exclusive=bool(slow)))
         self.compute = compute
+        self.slow = slow if callable(slow) else lambda **_: slow
         self.figures: tuple = ()
         self.text = ""
         self.table = part("table")
@@ -73,7 +75,7 @@ class Explorer(Live):
             *([] if self.stage is None else [self.stage]),
             self.table,
         )
-        if slow and not self.is_static:
+        if self.slow(**self.values()) and not self.is_static:
             self._answer()
         else:  # a quick one shows its first figure before the cell ends
             try:
@@ -105,6 +107,13 @@ class Explorer(Live):
             self._work(True)
             self._progress(what, at, total)
 
+        if self.worker.wait and not self.slow(**now):  # measured before: no need to wait for the hand to rest
+            self.worker.cancel()
+            try:
+                done(_parts(self.compute(**now)))
+            except Exception as error:
+                self._failed(error)
+            return
         self.worker.submit(lambda: _parts(self.compute(**now)), done, self._failed, progress)
 
     def _draw(self, result) -> None:
