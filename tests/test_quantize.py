@@ -1,0 +1,239 @@
+"""The quantizers against independent oracles: brute force in float64, and what each paper says must hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import labkit
+from labkit.fold import folds
+from labkit.formats import Affine, Integer
+from labkit.linear import W8A8Linear
+from labkit.quantize.awq import best_factors, clipped
+from labkit.quantize.gptq import gptq
+from labkit.quantize.hqq import P, hqq
+from labkit.quantize.smoothquant import smoothing
+from labkit.walk import Flow, Stats, blocks, walk
+
+
+def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Correlated activations of very different sizes, as a model's are."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=draw) / columns**0.5 + torch.eye(columns)
+    sizes = torch.exp(torch.randn(columns, generator=draw))
+    return (torch.randn(rows, columns, generator=draw) @ mix) * sizes
+
+
+def stats_of(x: torch.Tensor) -> Stats:
+    stats = Stats()
+    stats.add(x, "hessian")
+    return stats
+
+
+def weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+# --- GPTQ
+
+
+def brute_force(weight, x, bits: int, group_size: int, act_order: bool, damp: float) -> np.ndarray:
+    """Optimal brain quantization in a fixed order, float64: after each column, H of what is left is inverted anew."""
+    w = weight.double().numpy().copy()
+    h = 2 * (x.double().T @ x.double()).numpy() / len(x)
+    columns = len(h)
+    h += damp * np.trace(h) / columns * np.eye(columns)
+    order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(columns)
+    form = Integer(bits, group_size)
+    static = [p.double().numpy() for p in form.fit(form.groups(weight))]
+    out = np.empty_like(w)
+    left = list(order)
+    scale = zero = None
+    for j in order:
+        group = j // group_size
+        if act_order:
+            scale, zero = static[0][:, group], static[1][:, group]
+        elif j % group_size == 0:
+            now = torch.from_numpy(w[:, j : j + group_size]).float()
+            scale, zero = (p[:, 0].double().numpy() for p in form.fit(now[:, None]))
+        codes = np.clip(np.round(w[:, j] / scale + zero), 0, 2**bits - 1)
+        out[:, j] = (codes - zero) * scale
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        at = left.index(j)
+        error = (w[:, j] - out[:, j]) / inverse[at, at]
+        w[:, left] -= np.outer(error, inverse[at])
+        left.remove(j)
+    return out
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("bits, group_size, columns", [(3, 16, 48), (4, 48, 48), (2, 32, 160), (4, 24, 168)])
+def test_gptq_equals_brute_force(bits, group_size, columns, act_order):
+    weight, x = weights(12, columns), inputs(400, columns)
+    found = gptq(weight, stats_of(x), Integer(bits, group_size), act_order, damp=0.01).decode().double().numpy()
+    truth = brute_force(weight, x, bits, group_size, act_order, 0.01)
+    different = np.abs(found - truth) > 1e-6
+    # A weight that lies on the middle between two codes may fall to either side in fp32, and its row goes on from there.
+    assert different.any(axis=1).mean() <= 0.1
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_without_correlation_is_plain_rounding(act_order):
+    weight = weights(24, 192)
+    stats = Stats(count=2, gram=torch.eye(192))
+    form = Integer(3, 64)
+    assert torch.equal(gptq(weight, stats, form, act_order).packed, form.encode(weight).packed)
+
+
+@pytest.mark.parametrize("name", ["nf4", "mxfp4", "nvfp4", "fp4", "affine"])
+def test_gptq_lowers_the_output_error_in_every_format(name):
+    from labkit import formats
+
+    form = formats.by_name(name, **({"bits": 4, "group_size": 32} if name == "affine" else {}))
+    weight, x = weights(48, 192), inputs(600, 192)
+    errors = [
+        (x @ (weight - encoded.decode()).T).square().sum()
+        for encoded in (gptq(weight, stats_of(x), form), form.encode(weight))
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_dead_input_and_a_singular_hessian_are_survived():
+    weight, x = weights(16, 96), inputs(20, 96)  # 20 rows cannot fill 96 columns
+    x[:, 7] = 0
+    encoded = gptq(weight, stats_of(x), Integer(4, 32))
+    assert torch.isfinite(encoded.decode()).all()
+    assert encoded.decode()[:, 7].abs().max() == 0
+
+
+def test_an_indefinite_hessian_is_damped_until_it_works():
+    gram = torch.eye(32)
+    gram[0, 1] = gram[1, 0] = 1.5  # eigenvalue -0.5
+    encoded = gptq(weights(8, 32), Stats(count=2, gram=gram), Integer(4, 32))
+    assert torch.isfinite(encoded.decode()).all()
+
+
+@pytest.mark.model
+def test_gptq_is_never_worse_than_rounding_on_the_layers_of_the_model(lm):
+    form, ratios = Integer(3, 64), {}
+
+    def solve(weight, stats, path):
+        encoded = gptq(weight, stats, form)
+        errors = []
+        for candidate in (encoded, form.encode(weight)):
+            change = (weight - candidate.decode()).double()
+            errors.append(((change @ stats.gram.double()) * change).sum())
+        ratios[path] = (errors[0] / errors[1]).item()
+        return encoded
+
+    calib = labkit.text.calibration(lm, windows=8, length=256)
+    walk(lm.copy(), calib, "hessian", solve, progress=False)
+    assert len(ratios) == 210
+    assert max(ratios.values()) <= 1, max(ratios, key=ratios.get)
+
+
+# --- AWQ
+
+
+@pytest.fixture
+def block(tiny_lm):
+    calib = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stack = blocks(tiny_lm.model)
+        flow = Flow(tiny_lm.model, stack, calib)
+        yield stack[0], lambda: flow.run(0, flow.few(4))
+
+
+def test_a_fold_leaves_the_block_as_it_is(block):
+    block, run = block
+    before = run()
+    found = folds(block, run, head_dim=16)
+    assert {f.source for f in found} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.v_proj",
+        "mlp.up_proj",
+    }
+    draw = torch.Generator().manual_seed(3)
+    for fold in found:
+        width = block.get_submodule(fold.readers[0]).weight.shape[1]
+        fold.apply(block, fold.tie(torch.exp(torch.randn(width, generator=draw)), block))
+    torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_exponent_is_no_worse_than_none(block):
+    block, run = block
+    for fold in folds(block, run, head_dim=16):
+        before = [block.get_submodule(n).weight for n in fold.readers]
+        search = best_factors(block, fold, run, Integer(3, 16))
+        assert search.exponents[0] == 0 and min(search.losses) <= search.losses[0]
+        assert all(a is b for a, b in zip(before, [block.get_submodule(n).weight for n in fold.readers]))
+
+
+@pytest.mark.parametrize("group_size, columns", [(16, 64), (None, 64), (24, 64)])
+def test_clipping_lowers_the_error_of_every_group(group_size, columns):
+    weight, x = weights(16, columns), inputs(300, columns)
+    weight[:, ::13] *= 6  # outliers
+    form = Integer(3, group_size)
+    size = group_size or columns
+    change = {
+        name: form.groups(weight - e.decode())
+        for name, e in {"clip": clipped(weight, x.T @ x, form), "whole": form.encode(weight)}.items()
+    }
+    for g in range(-(-columns // size)):
+        part = x[:, g * size : (g + 1) * size]
+        errors = {n: (c[:, g, : part.shape[1]] @ part.T).square().sum(1) for n, c in change.items()}
+        assert (errors["clip"] <= errors["whole"] * 1.0001).all()
+
+
+# --- SmoothQuant
+
+
+def test_smoothing_is_the_papers_formula():
+    peak, readers = torch.tensor([4.0, 0.0, 9.0]), [torch.tensor([[1.0, 2.0, -4.0]]), torch.tensor([[-0.5, 1.0, 1.0]])]
+    s = smoothing(peak, readers, 0.5)
+    np.testing.assert_allclose(s, [4**0.5 / 1**0.5, 1.0, 9**0.5 / 4**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_w8a8_is_a_product_of_whole_numbers(static, rows):
+    weight, x = weights(40, 96), inputs(rows, 96)
+    scale = x.abs().max() / 127 if static else None
+    layer = W8A8Linear(weight, torch.ones(40), activation_scale=scale)
+    s_w = weight.double().abs().amax(1) / 127
+    s_x = scale.double() if static else x.double().abs().amax(1, keepdim=True) / 127
+    truth = (x.double() / s_x).round() @ (weight.double() / s_w[:, None]).round().T * s_x * s_w + 1
+    torch.testing.assert_close(layer(x).double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothing_helps_where_activations_have_outliers(tiny_lm):
+    norm = tiny_lm.model.model.layers[0].input_layernorm
+    gain = norm.weight.detach().clone()
+    gain[5] *= 200  # one channel far out, as large models have
+    norm.weight = torch.nn.Parameter(gain, requires_grad=False)
+    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    kl = {
+        smooth: labkit.divergence(
+            labkit.SmoothQuant(smooth=smooth, alpha=0.5)(tiny_lm, ids, progress=False), tiny_lm, ids
+        ).kl
+        for smooth in (True, False)
+    }
+    assert kl[True] < 0.5 * kl[False]
+
+
+# --- HQQ
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_hqq_lowers_its_own_error(bits):
+    draw = torch.distributions.StudentT(2.0)
+    torch.manual_seed(0)
+    weight, form = draw.sample((64, 128)) * 0.1, Affine(bits, 64)
+
+    def error(encoded) -> float:
+        return (weight - encoded.decode()).abs().pow(P).mean().item()
+
+    assert error(hqq(weight, form)) < error(form.encode(weight))
+    assert torch.equal(hqq(weight, form, steps=0).tensors()["packed"], form.encode(weight).tensors()["packed"])
