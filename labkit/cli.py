@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         bad_input = isinstance(error, UsageError | ValueError | FileExistsError)
         ours = bad_input or isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "labkit"
         text = " ".join(str(error).split())
+        text = text if len(text) <= 500 else f"{text[:350]} … {text[-140:]}"  # somebody pasted a text as a word
         _say(text if ours and text else f"{type(error).__name__}: {text} (LABKIT_DEBUG=1 shows where.)", error)
         return 2 if bad_input else 1
 
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def _say(text: str, error: BaseException) -> None:
     """Print to stderr, with what was noted on the error on its way up."""
     for line in (f"labkit: {text}", *getattr(error, "__notes__", ())):
-        print(line, file=sys.stderr)
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)  # a word may hold undecodable bytes
 
 
 @contextlib.contextmanager
@@ -401,7 +402,7 @@ def _run_compress(options) -> None:
 
     parts = [_method(cls, texts) for cls, texts in options.steps]
     method = parts[0] if len(parts) == 1 else labkit.Recipe(*parts)
-    out = Path(options.out)
+    out = _place("--out", options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # known before an hour of work, not after
         raise UsageError(f"{out} exists and is not an empty folder: name a new one with --out.")
     lm = load_model(options.model)
@@ -418,12 +419,25 @@ def _run_compress(options) -> None:
     print(f"  saved in {out}: labkit.load({str(out)!r}), or `labkit measure {out} --against {options.model}`")
 
 
+def _place(flag: str, text: str) -> Path:
+    """The path that a word names; UsageError for a word that can be none, now and not after an hour of work."""
+    try:
+        Path(text).lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{flag} {text!r} cannot be a path here ({reason}).") from error
+    return Path(text)
+
+
 def load_model(name: str):
     """labkit.load for a MODEL of the command line."""
     import labkit
 
-    if name != "default" and Path(name).is_file():
-        raise UsageError(f"{name} is a file: MODEL is {MODEL_HELP}.")
+    with contextlib.suppress(OSError):  # too long for the name of a file: then it is none
+        if name != "default" and Path(name).is_file():
+            raise UsageError(f"{name} is a file: MODEL is {MODEL_HELP}.")
     return labkit.load(None if name == "default" else name)
 
 
@@ -511,7 +525,7 @@ def _run_sweep(options) -> None:
         settings = parse_grid(cls, texts)
     except ValueError as error:
         raise UsageError(_owned(cls, error)) from error
-    if options.export and not Path(options.export).absolute().parent.is_dir():
+    if options.export and not _place("--export", options.export).absolute().parent.is_dir():
         raise UsageError(f"--export {options.export}: there is no such folder. Make it, or name another file.")
     lm, store = load_model(options.model), labkit.Store()
     quick = QUICK if options.quick else {}
@@ -585,6 +599,8 @@ def _regress_parser(subparsers) -> Parser:
 def _run_regress(options) -> int:
     from labkit import regress
 
+    for name in options.notebooks:
+        _place("NOTEBOOK", name)
     report = regress.run(
         regress.find(options.notebooks),
         profile=options.profile,
