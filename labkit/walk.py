@@ -172,7 +172,7 @@ def walk(
     flow = Flow(lm.model, stack, calib.to(lm.device)) if statistic != "none" else None
     for index in track(range(len(stack)), what, progress):
         if prepare:
-            _unpack(stack[index])
+            unpack(stack[index])
             prepare(stack[index], flow, index)
         stats = flow.gather(index, statistic) if flow else {}
         for name, module in list(linears(stack[index])):
@@ -201,7 +201,7 @@ def replace(block: nn.Module, name: str, module: nn.Module, solved) -> None:
         set_weight(module, solved)
 
 
-def _unpack(block: nn.Module) -> None:
+def unpack(block: nn.Module) -> None:
     """Make packed linears dense, with the same values."""
     for name, module in list(linears(block)):
         if isinstance(module, STORED):

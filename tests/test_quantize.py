@@ -237,3 +237,32 @@ def test_hqq_lowers_its_own_error(bits):
 
     assert error(hqq(weight, form)) < error(form.encode(weight))
     assert torch.equal(hqq(weight, form, steps=0).tensors()["packed"], form.encode(weight).tensors()["packed"])
+
+
+# --- mixed precision
+
+
+def test_the_budget_goes_where_it_saves_most():
+    from labkit.quantize.mixed import WIDTHS, allocate
+
+    damage = {"a": 1.0, "b": 0.01, "c": 0.0}
+    errors = {path: {bits: 4.0**-bits for bits in WIDTHS} for path in damage}
+    sizes = {"a": 100, "b": 100, "c": 50}
+    for budget in (2.0, 3.0, 3.7, 8.0):
+        width = allocate(damage, errors, sizes, budget)
+        spent = sum(width[p] * sizes[p] for p in sizes) / 250
+        assert spent <= budget and spent > budget - 1
+        assert width["a"] >= width["b"]
+    assert allocate(damage, errors, sizes, 3.0) == {"a": 4, "b": 2, "c": 3}  # c is harmless: it gets what is left
+    assert set(allocate(damage, errors, sizes, 2.0).values()) == {2}
+    assert set(allocate(damage, errors, sizes, 8.0).values()) == {8}
+
+
+def test_mixed_precision_beats_an_even_spread_at_equal_bits(tiny_lm):
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    made = labkit.MixedPrecision(bits=3.0, group_size=16)(tiny_lm, ids, progress=False)
+    even = labkit.GPTQ(bits=3, group_size=16)(tiny_lm, ids, progress=False)
+    used = [m.format["bits"] for m in made.model.modules() if hasattr(m, "format")]
+    assert len(set(used)) > 1
+    assert made.nbytes <= even.nbytes
+    assert labkit.divergence(made, tiny_lm, ids).kl < labkit.divergence(even, tiny_lm, ids).kl

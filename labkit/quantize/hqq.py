@@ -30,7 +30,9 @@ class HQQ(Method):
 
     bits: int = BITS
     group_size: int | None = GROUP_SIZE
-    steps: int = knob(20, low=0, high=200, stops=(0, 1, 5, 20, 50), help="Most iterations; it stops where the error grows.")
+    steps: int = knob(
+        20, low=0, high=200, stops=(0, 1, 5, 20, 50), help="Most iterations; it stops where the error grows."
+    )
 
     def apply(self, lm, calib, progress: bool) -> None:
         form = Affine(self.bits, self.group_size)

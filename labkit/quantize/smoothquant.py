@@ -34,7 +34,9 @@ class SmoothQuant(Method):
         0.5, low=0.0, high=1.0, step=0.1, help="How much of the difficulty moves to the weights: 0 none, 1 all."
     )
     activations: str = knob(
-        "dynamic", choices=("dynamic", "static"), help="A scale per token at run time, or one per layer from calibration."
+        "dynamic",
+        choices=("dynamic", "static"),
+        help="A scale per token at run time, or one per layer from calibration.",
     )
     smooth: bool = knob(True, help="Off: activations are rounded as they are (plain W8A8).")
 
