@@ -398,7 +398,9 @@ def kernels() -> Iterator[Line]:
         # The kernel rounds activations to int8, which costs about 0.5 %; a NaN is not below 2 % either.
         good.append(bits) if error < 0.02 else bad.append(f"{bits} bits: the product is off by {100 * error:.0f} %")
     have = f"onnxruntime {version('onnxruntime')}"
-    if bad:
+    if good == [4, 8] and platform.python_version().startswith("3.10."):  # there is no newer one to install
+        yield Line("kernels", NOTE, f"{have} multiplies with 4 and 8 bits; 2 bits need Python 3.11 or newer")
+    elif bad:
         yield Line("kernels", PROBLEM, f"{have}: MatMulNBits fails at {'; '.join(bad)}", _extra("kernels", "--upgrade"))
     else:
         yield Line("kernels", OK, f"{have} multiplies with packed weights of {', '.join(map(str, good))} bits")

@@ -381,6 +381,9 @@ def test_a_kernel_that_fails_at_one_width(monkeypatch, wrong):
     assert found.status == doctor.PROBLEM and "MatMulNBits fails at 2 bits: " in found.found
     assert "4 bits:" not in found.found and "8 bits:" not in found.found
     assert "--upgrade" in found.todo and "onnxruntime" in found.todo
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.12")  # whose onnxruntime has no 2 bits
+    found = line(doctor.kernels)
+    assert found.status == doctor.NOTE and "Python 3.11" in found.found
 
 
 def test_without_onnxruntime_there_is_a_note(monkeypatch):
