@@ -4,7 +4,7 @@ from labkit import text
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
-from labkit.quantize import AWQ, GPTQ, HQQ, RTN, MixedPrecision, SmoothQuant
+from labkit.quantize import AWQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
 from labkit.record import record
 from labkit.results import Store
 from labkit.sweep import sweep
@@ -15,6 +15,7 @@ __all__ = [
     "AWQ",
     "SmoothQuant",
     "HQQ",
+    "BitsAndBytes",
     "MixedPrecision",
     "LanguageModel",
     "Measurement",

@@ -1,9 +1,10 @@
 """Linear layers that store packed weights and run on real kernels."""
 
+from labkit.linear.bnb import BnbLinear
 from labkit.linear.packed import PackedLinear, exact
 from labkit.linear.w8a8 import W8A8Linear
 
-STORED = (PackedLinear, W8A8Linear)  # all of them: each has weight, stored_nbytes, spec and from_spec
+STORED = (PackedLinear, W8A8Linear, BnbLinear)  # all of them: each has weight, stored_nbytes, spec and from_spec
 
 
 def from_spec(spec: dict):
@@ -11,4 +12,4 @@ def from_spec(spec: dict):
     return {cls.__name__: cls for cls in STORED}[spec["module"]].from_spec(spec)
 
 
-__all__ = ["STORED", "PackedLinear", "W8A8Linear", "exact", "from_spec"]
+__all__ = ["STORED", "BnbLinear", "PackedLinear", "W8A8Linear", "exact", "from_spec"]

@@ -44,8 +44,8 @@ def measure(
             ids = text.evaluation(lm, windows, length, name)
             found[str(name)] = quality(lm, ids, against, progress, f"quality on {name}")
             hashes[str(name)] = text.fingerprint(ids)
-        engines = [compiled(m) for m in (lm, against) if m is not None] if latency and engine else []
-        eager, graph = _latency(lm, against, engines) if latency else (None, None)
+        graph = compiled(lm) if latency and engine else None
+        eager, as_graph = _latency(lm, against, graph) if latency else (None, None)
     return Measurement(
         model=lm.name,
         method=" -> ".join(lm.history) or "uncompressed",
@@ -56,10 +56,10 @@ def measure(
             bits_per_weight=memory.bits_per_weight(lm),
             kv_per_token=memory.kv_per_token(lm),
             peak=peak.bytes,
-            engine=engines[0].nbytes if engines and engines[0] else None,
+            engine=None if graph is None else graph.nbytes,
         ),
         latency=eager,
-        engine=graph,
+        engine=as_graph,
         device=str(lm.device),
         texts=hashes,
     )

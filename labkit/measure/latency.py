@@ -13,25 +13,24 @@ from labkit.measure.measurement import Latency
 
 
 def latency(
-    lm, against=None, engines=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5
+    lm, against=None, engine=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5
 ) -> tuple[Latency, Latency | None]:
-    """Time ``lm``, eager and, where there are ``engines``, compiled; interleaved with ``against`` where it is given.
+    """Time ``lm``, eagerly and, where there is an ``engine`` (``lm`` compiled), as one graph.
 
-    ``engines``: compiled models (of ``lm``, of ``against`` or None), or None. Decode: ms per token over ``steps`` at
-    ``context``. The ratios of the engine are to the compiled ``against``.
+    Interleaved with ``against``, where it is given. Decode: ms per token over ``steps`` at ``context``. All ratios are to
+    the uncompressed model run eagerly: ``against``, or ``lm`` itself for its own engine.
     """
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
     prefills = {name: prefill_run(m, prompt) for name, m in models.items()}
     decodes = {name: decode_run(m, context, steps) for name, m in models.items()}
-    if engines:
-        for name, engine in zip(("engine", "engine baseline"), engines):
-            if engine is not None:
-                prefills[name] = engine_prefill_run(engine, lm, prompt)
-                decodes[name] = engine_decode_run(engine, lm, context, steps)
+    if engine is not None:
+        prefills["engine"] = engine_prefill_run(engine, lm, prompt)
+        decodes["engine"] = engine_decode_run(engine, lm, context, steps)
     prefill = timing.compare(prefills, rounds=max(2, rounds - 2))
     decode = timing.compare(decodes, rounds=rounds)
 
-    def made(name: str, base: str) -> Latency:
+    def made(name: str) -> Latency:
+        paired = name != prefill.baseline  # the uncompressed model, timed eagerly, comes first
         p, d = prefill.timings[name], decode.timings[name]
         return Latency(
             prefill_ms=1e3 * p.median,
@@ -40,11 +39,11 @@ def latency(
             decode_ms=1e3 * d.median / steps,
             decode_iqr=1e3 * d.iqr / steps,
             threads=torch.get_num_threads(),
-            prefill_ratio=prefill.between(base, name) if base in prefills else None,
-            decode_ratio=decode.between(base, name) if base in decodes else None,
+            prefill_ratio=prefill.ratio[name] if paired else None,
+            decode_ratio=decode.ratio[name] if paired else None,
         )
 
-    return made("this", "baseline"), made("engine", "engine baseline") if "engine" in decodes else None
+    return made("this"), made("engine") if engine is not None else None
 
 
 def _prompt(lm, tokens: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians with interquartile ranges. ``*_ratio``: paired, interleaved, baseline time over this model's time."""
+    """Medians with interquartile ranges. ``*_ratio``: paired and interleaved, against the uncompressed model run eagerly."""
 
     prefill_ms: float
     prefill_iqr: float
@@ -56,7 +56,7 @@ class Measurement:
     latency: Latency | None  # eager, through transformers
     device: str
     label: str = "measured"
-    engine: Latency | None = None  # as one graph; its ratios are to the uncompressed model as one graph
+    engine: Latency | None = None  # as one graph; its ratios too are to the uncompressed model run eagerly
     texts: dict[str, str] = field(default_factory=dict)  # text -> hash of its token ids
 
     def to_dict(self) -> dict:
@@ -97,11 +97,11 @@ class Measurement:
         for t, way in ((self.latency, ""), (self.engine, ", one graph")):
             if t is None:
                 continue
-            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the baseline's speed{way})"
+            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the eager baseline's speed)"
             rows.append(
                 (f"prefill, {t.prefill_tokens} tokens{way}", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster)
             )
-            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the baseline's speed{way})"
+            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the eager baseline's speed)"
             rows.append((f"decode{way}", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
         return rows
 

@@ -76,10 +76,6 @@ class Comparison:
     ratio: dict[str, float]  # name -> median of the paired ratios
     spread: dict[str, tuple[float, float]]  # name -> quartiles of the paired ratios
 
-    def between(self, base: str, name: str) -> float:
-        """The median of the paired ratios of two callables: above 1, ``name`` is faster than ``base``."""
-        return statistics.median(_ratio(self.rounds[name][i], b) for i, b in enumerate(self.rounds[base]))
-
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Rows of (name, median, middle half, times the baseline's speed, middle half of that), as text."""
         rows = []

@@ -1,10 +1,11 @@
 """Methods that round weights."""
 
 from labkit.quantize.awq import AWQ
+from labkit.quantize.bnb import BitsAndBytes
 from labkit.quantize.gptq import GPTQ
 from labkit.quantize.hqq import HQQ
 from labkit.quantize.mixed import MixedPrecision
 from labkit.quantize.rtn import RTN
 from labkit.quantize.smoothquant import SmoothQuant
 
-__all__ = ["RTN", "GPTQ", "AWQ", "SmoothQuant", "HQQ", "MixedPrecision"]
+__all__ = ["RTN", "GPTQ", "AWQ", "SmoothQuant", "HQQ", "BitsAndBytes", "MixedPrecision"]

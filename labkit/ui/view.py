@@ -152,7 +152,7 @@ def memory(baseline, current=None) -> go.Figure:
 def latency(baseline, current=None) -> go.Figure:
     """Prefill (left) and decode (right), eager and as one graph; error bars span the interquartile range.
 
-    The labels give the paired ratio to the uncompressed model, run the same way.
+    The labels give the paired ratio to the uncompressed model run eagerly.
     """
     shown = (baseline, BASE, theme.BASELINE), (current, NOW, theme.NOW)
     ways = [way for way in WAYS if any(m and getattr(m, way) for m, _, _ in shown)]
@@ -238,7 +238,7 @@ def table(baseline, current=None, before=None) -> str:
         row(f"prefill{name}", "ms, median ± IQR", lambda m, time=time: time(m, "prefill", 0))
         row(f"decode{name}", "ms per token", lambda m, time=time: time(m, "decode", 1))
         for phase in ("prefill", "decode"):
-            paired = "paired with the uncompressed model"
+            paired = "paired with the uncompressed model, eager"
             row(f"{phase} speed{name}", paired, lambda m, p=phase, way=way: _speed(getattr(m, way), p))
 
     left, right = (

@@ -162,7 +162,7 @@ def latency(current) -> str:
     ]
     if current.engine is not None:
         e = current.engine
-        parts.append("as one graph " + pace("decode", e.decode_ms, e.decode_iqr, e.decode_ratio, "ms per token"))
+        parts.append("run as one graph, " + pace("decode", e.decode_ms, e.decode_iqr, e.decode_ratio, "ms per token"))
     return sentence("; ".join(parts))
 
 
