@@ -81,7 +81,7 @@ def test_the_view_has_measured_dots_and_modelled_places_and_says_so(bench):
     for x, y in zip(named["at best (modelled)"].x, named["at best (modelled)"].y):
         assert y == pytest.approx(ROOF.attainable(x, "fp32") / 1e9)  # on the roof
     assert len(named["measured before"].x) == 2  # both models at batch 1
-    assert "Decode, batch 2: fp32 " in text and "memory-bound by its place" in text
+    assert text.startswith("Decode, batch 2: fp32 takes ") and "where the roof is memory-bound" in text
     assert "as fast as fp32 (measured); the roof would allow" in text
 
 
@@ -91,7 +91,18 @@ def test_a_dot_over_the_roof_is_explained():
     under = bottleneck.Pass("fp32", "decode", 1, work, seconds=0.2, ratio=1.0, least=0.1)
     assert "refresh=True" in bottleneck.sentence(ROOF, "fp32", [over])
     assert "refresh=True" not in bottleneck.sentence(ROOF, "fp32", [under])
-    assert "50 % of what the roof allows" in bottleneck.sentence(ROOF, "fp32", [under])
+    assert "reaches 50 % of it" in bottleneck.sentence(ROOF, "fp32", [under])
+
+
+def test_times_that_others_spoiled_are_told_and_can_be_forgotten(bench):
+    quiet = bottleneck.Pass("fp32", "decode", 1, roofline.Work(1e9, 1e9), seconds=0.2, ratio=1.0, least=0.1)
+    busy = bottleneck.Pass("fp32", "decode", 1, quiet.work, seconds=0.2, ratio=1.0, least=0.1, others=0.5)
+    assert "Other programs took 50 % of the cores" in bottleneck.sentence(ROOF, "fp32", [busy])
+    assert "Other programs" not in bottleneck.sentence(ROOF, "fp32", [quiet])
+    first = bench.passes("decode", 1)
+    assert 0 <= first["fp32"].others <= 1
+    bench.forget()
+    assert bench.untimed("decode", 1) and bench.passes("decode", 1) is not first
 
 
 def test_the_sweep_and_its_table(bench):

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from labkit.measure import memory, roofline, timing
+from labkit.measure.machine import cores
 from labkit.progress import track
 from labkit.ui import need, plots, words
 
@@ -25,6 +27,7 @@ go = need("plotly.graph_objects")
 PHASES = ("decode", "prefill")
 CONTEXT = 16  # tokens in the cache of each sequence before a decode step
 PROMPT = 32  # tokens of each sequence in a prefill
+BUSY = 0.1  # when others take more of the cores than this, a time is spoiled
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Llama 3 70B: Grattafiori et al., "The Llama 3 Herd of Models", arXiv:2407.21783, 2024, table 3.
@@ -42,6 +45,7 @@ class Pass:
     seconds: float  # median
     ratio: float  # paired: the first model's time over this one's, above 1 is faster
     least: float  # seconds that the roof allows
+    others: float = 0.0  # share of the cores' time that other programs took meanwhile
 
     @property
     def tokens(self) -> int:
@@ -83,6 +87,11 @@ class Bench:
             if self.untimed(phase, batch):
                 self._known[phase, batch] = self._time(phase, batch)
             return self._known[phase, batch]
+
+    def forget(self) -> None:
+        """Drop what was timed: each pass is timed anew when it is next asked for."""
+        with self._lock:
+            self._known.clear()
 
     def works(self, phase: str, batch: int) -> dict[str, roofline.Work]:
         """The operations and bytes of a pass of each model (modelled)."""
@@ -135,21 +144,17 @@ class Bench:
         make = decode_step if phase == "decode" else prefill
         device = next(iter(self.models.values())).device
         tokens = batch * (PROMPT if phase == "prefill" else 1)
+        clock, other = time.perf_counter(), roofline._others_seconds()
         rounds = max(2, min(self.rounds, 512 // tokens))  # a long pass is steadier, and need not be repeated as often
         calls = {name: make(lm, batch) for name, lm in self.models.items()}
         timed = timing.compare(calls, rounds=rounds, warmup=1, device=device, min_seconds=0.1)
-        return {
-            name: Pass(
-                name,
-                phase,
-                batch,
-                work,
-                timed.timings[name].median,
-                timed.ratio[name],
-                self.roof.seconds(work, self.dtype),
-            )
-            for name, work in self.works(phase, batch).items()
-        }
+        others = (roofline._others_seconds() - other) / (cores() * (time.perf_counter() - clock))
+        found = {}
+        for name, work in self.works(phase, batch).items():
+            seconds, ratio = timed.timings[name].median, timed.ratio[name]
+            least = self.roof.seconds(work, self.dtype)
+            found[name] = Pass(name, phase, batch, work, seconds, ratio, least, min(max(others, 0.0), 1.0))
+        return found
 
 
 # --- one pass, ready to be timed -----------------------------------------------------------------
@@ -228,20 +233,25 @@ def roof_figure(roof, dtype: str, now: Iterable[Pass], seen: Iterable[Pass] = ()
 
 def sentence(roof, dtype: str, passes: Sequence[Pass]) -> str:
     """What the dots say: where they stand, how much of the roof they reach, and who is faster."""
-    first = passes[0]
-    what = f"{first.phase.title()}, batch {first.batch}"
-    parts = []
-    for p in passes:
-        bound = roof.bound(p.work.intensity, dtype)
-        parts.append(
-            f"{p.model} {words.short(1e3 * p.seconds)} ms ({words.short(p.rate)} tokens/s), {words.short(p.work.intensity)} "
-            f"FLOP per byte, {bound}-bound by its place, {words.percent(p.least / p.seconds)} of what the roof allows"
-        )
-    text = f"{what}: {'; '.join(parts)}."
-    for p in passes[1:]:
+    first, *others = passes
+    times = [f"{p.model} takes {words.short(1e3 * p.seconds)} ms ({words.short(p.rate)} tokens/s)" for p in passes]
+    text = f"{first.phase.title()}, batch {first.batch}: {words.listed(times)}."
+    for p in others:
         best = words.ratio(first.least / p.least)
         text += (
-            f" {p.model} is {words.ratio(p.ratio)} as fast as {first.model} (measured); the roof would allow {best}."
+            f" {p.model} is {words.ratio(p.ratio)} as fast as {first.model} (measured); "
+            f"the roof would allow {best} (modelled)."
+        )
+    places = [
+        f"{p.model} does {words.short(p.work.intensity)} FLOP per byte, where the roof is "
+        f"{roof.bound(p.work.intensity, dtype)}-bound, and reaches {words.percent(p.least / p.seconds)} of it"
+        for p in passes
+    ]
+    text += f" Under the roof {'; '.join(places)}."
+    if first.others > BUSY:
+        text += (
+            f" Other programs took {words.percent(first.others)} of the cores meanwhile, so these times are too long: "
+            "close them, and bench.forget()."
         )
     if any(p.least > 1.05 * p.seconds for p in passes):
         text += (
