@@ -379,7 +379,7 @@ def kernels() -> Iterator[Line]:
     from labkit.formats import Integer
     from labkit.linear import matmulnbits
 
-    if not matmulnbits.available():
+    if not matmulnbits.widths():
         yield Line(
             "kernels", NOTE, "onnx or onnxruntime is missing: packed weights take the slow path", _extra("kernels")
         )

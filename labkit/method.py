@@ -55,7 +55,7 @@ class Knob:
         clean = self._clean(value)
         if clean is MISSING:
             where = f"{owner}.{self.name}" if owner else self.name
-            raise ValueError(f"{where} = {value!r} is not allowed: it must be {self.allowed}.")
+            raise ValueError(f"{where} = {brief(value)} is not allowed: it must be {self.allowed}.")
         return clean
 
     def _clean(self, value: Any) -> Any:
@@ -68,9 +68,14 @@ class Knob:
                 return MISSING
             value = int(value)
         elif self.type is float:
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 return MISSING
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:  # a whole number beyond 1e308
+                return MISSING
+            if not math.isfinite(value):
+                return MISSING
         elif not isinstance(value, self.type):
             return MISSING
         if self.choices is not None:
@@ -112,6 +117,21 @@ class Knob:
         return [self.type(round(self.low + i * step, 10)) for i in range(count + 1)]
 
 
+def brief(value: Any) -> str:
+    """A value's repr for an error message: on one line, and not longer than one."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # an int of more digits than Python prints
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def check_model(lm, part: str = "history") -> None:
+    """Raise a ValueError for anything but a LanguageModel; the transformers model inside one is easily mistaken for it."""
+    if not hasattr(lm, part):
+        raise ValueError(f"A LanguageModel, as labkit.load() makes it, is needed here, not {type(lm).__name__}.")
+
+
 def knob(default, low=None, high=None, step=None, choices=None, stops=(), none=None, help=""):
     """Declare a method's field as a knob; see :class:`Knob` for what each argument means."""
     choices = tuple(choices) if choices is not None else None
@@ -148,6 +168,7 @@ class Method:
         ``calib`` is a LongTensor ``(windows, length)`` of token ids; a calibrated method that is given none takes
         ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off.
         """
+        check_model(lm)
         if self.calibrated and calib is None:
             from labkit import text
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from labkit import embedded
+from labkit.method import brief
 
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
 
@@ -53,10 +54,15 @@ class LanguageModel:
 
     def encode(self, text: str) -> torch.Tensor:
         """Token ids of a text, LongTensor (1, tokens), without special tokens."""
+        if not isinstance(text, str):
+            raise ValueError(f"text = {brief(text)} is not allowed: it must be a string.")
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(self.device)
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
         """The greedy continuation of a prompt, without the prompt."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            shown = brief(max_new_tokens)
+            raise ValueError(f"max_new_tokens = {shown} is not allowed: it must be a whole number, 1 or more.")
         ids = self.encode(prompt)
         if ids.shape[1] == 0:
             raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
@@ -108,18 +114,53 @@ def load(name: str | os.PathLike | None = None, device=None, dtype=None) -> Lang
     ``device``: the first GPU where there is one, else the CPU. ``dtype``: fp32 on CPU, bf16 on GPU, as stored for a
     folder that :meth:`LanguageModel.save` wrote. Raises ValueError with one sentence when there is no such model.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(name, (str, os.PathLike, type(None))):
+        raise ValueError(f"name = {brief(name)} is not allowed: it must be a folder, a hub id, or None.")
+    device = _device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = _dtype(dtype)
     if name is None:
         lm = _load_embedded(dtype)
-    elif Path(name).is_dir():
+    elif _is_dir(name):
         packed = (Path(name) / MANIFEST).is_file()
         lm = _load_saved(Path(name)) if packed else _from_pretrained(str(name), dtype)
     else:
         lm = _from_pretrained(str(name), dtype)
     lm.model.to(device).eval().requires_grad_(False)
     return lm
+
+
+def _device(device) -> torch.device:
+    """The device, after a first byte has been put there."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"device = {brief(device)} cannot be used here ({_reason(error)}): try 'cpu'.") from error
+    return found
+
+
+def _dtype(dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(f"dtype = {brief(dtype)} is not allowed: it must be one such as 'float32' or torch.bfloat16.")
+    return found
+
+
+def _is_dir(name: str | os.PathLike) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long for the name of a folder
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return (lines[0] if len(lines[0]) <= 240 else f"{lines[0][:239]}…").rstrip(".: ")
 
 
 def _load_embedded(dtype) -> LanguageModel:
@@ -138,14 +179,17 @@ def _from_pretrained(name: str, dtype) -> LanguageModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    local = Path(name).is_dir()
+    local = _is_dir(name)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
+        how = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = f"The folder {name!r} holds no model that can be read" if local else f"There is no model {name!r} here"
+        reason, shown = _reason(error), brief(name)
+        where = f"The folder {shown} holds no model that can be read" if local else f"There is no model {shown} here"
         advice = (
             "check its config.json, tokenizer and safetensors files"
             if local
@@ -176,13 +220,15 @@ def _load_saved(folder: Path) -> LanguageModel:
             tensors[alias] = tensors[original]
         for name, tensor in tensors.items():
             _assign(model, name, tensor)
+        if missing := sorted(model.state_dict().keys() - tensors.keys()):  # they would keep their random values
+            raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
+        if getattr(config, "tie_word_embeddings", False):
+            model.tie_weights()
+        return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]))
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {error}.") from error
+        raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {_reason(error)}.") from error
     except Exception as error:  # safetensors has an error class of its own
-        raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {error}.") from error
-    if getattr(config, "tie_word_embeddings", False):
-        model.tie_weights()
-    return LanguageModel(model, tokenizer, manifest["name"], tuple(manifest["history"]))
+        raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {_reason(error)}.") from error
 
 
 def _assign(model, name: str, tensor: torch.Tensor) -> None:

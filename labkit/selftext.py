@@ -81,6 +81,8 @@ def write(lm, windows: int, length: int, batch: int = 32, seed: int = 0, progres
             out = lm.model(ids[:, -1:] if cache is not None else ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
+            if logits.isnan().any():
+                raise ValueError("The model predicts NaN and cannot write its calibration text: check its weights.")
             logits[:, barred] = -torch.inf
             ids = torch.cat([ids, _nucleus(logits, draw).to(ids.device)], dim=1)
         done.append(ids.cpu())

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from labkit import paths
+from labkit.method import brief, check_model
 from labkit.progress import track
 
 CORPORA = ("manual", "prose", "wikitext2", "c4")
+MOST = 10**9  # windows, and tokens in one
 CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evaluation
 
 
@@ -26,6 +28,7 @@ def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Te
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
     """
     source = "manual" if source is None else source
+    _check_source(source)
     if source == "manual":
         ids = _manual(lm)
         ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
@@ -41,6 +44,9 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
     """
     _check_size(windows, length)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed = {brief(seed)} is not allowed: it must be a whole number from 0 to 2**63 - 1.")
+    _check_source(source)
     if source == "mixed":
         half = windows // 2
         parts = [calibration(lm, windows - half, length, seed, "manual")]
@@ -75,6 +81,7 @@ def fingerprint(ids: torch.Tensor) -> str:
 
 def check_windows(lm, ids: torch.Tensor) -> None:
     """Raise a ValueError when these are not token windows of this model."""
+    check_model(lm, "tokenizer")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"Windows must be a LongTensor (windows, length) of token ids, not {got}.")
@@ -86,19 +93,30 @@ def check_windows(lm, ids: torch.Tensor) -> None:
             f"Token id {int(ids.max())} is not in this model's vocabulary of {vocabulary}: "
             "the windows come from another tokenizer."
         )
+    context = getattr(getattr(lm.model, "config", None), "max_position_embeddings", None)
+    if context and ids.shape[1] > context:
+        raise ValueError(
+            f"Windows of {ids.shape[1]} tokens are longer than this model's context of {context}: ask for shorter ones."
+        )
 
 
 def _check_size(windows: int, length: int) -> None:
     for name, value, least in (("windows", windows, 1), ("length", length, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} = {value!r} is not allowed: it must be a whole number, {least} or more.")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+            allowed = f"a whole number from {least} to {MOST:,}"
+            raise ValueError(f"{name} = {brief(value)} is not allowed: it must be {allowed}.")
+
+
+def _check_source(source) -> None:
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"source = {brief(source)} is not allowed: it must be a corpus or the path of a text file.")
 
 
 def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
     """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
-    _check_size(max(windows, 1), length)
+    _check_size(windows, length)
     available = len(ids) // length
-    if windows < 1 or available < windows:
+    if available < windows:
         raise ValueError(
             f"{source!r} has {len(ids)} tokens: too short for {windows} windows of {length}. "
             "Ask for fewer or shorter windows, or name a longer text."
@@ -125,6 +143,7 @@ def _tokens(tokenizer, text: str) -> torch.Tensor:
 
 
 def _encode(lm, text: str) -> torch.Tensor:
+    check_model(lm, "tokenizer")
     return _tokens(lm.tokenizer, text)
 
 
@@ -142,9 +161,13 @@ def _read(source: str | os.PathLike) -> str:
     if source in ("wikitext2", "c4"):
         return _from_hub(source)
     path = Path(source)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a text in place of its path: too long for the name of a file
+        there = False
+    if not there:
         raise ValueError(
-            f"There is no text {str(source)!r}: name one of {', '.join(CORPORA)}, or a path to a text file."
+            f"There is no text {brief(str(source))}: name one of {', '.join(CORPORA)}, or a path to a text file."
         )
     data = path.read_bytes()
     if not data.strip():

@@ -31,9 +31,6 @@ settings.register_profile("quick", deadline=None, suppress_health_check=list(Hea
 quick = settings(settings.get_profile("quick"), max_examples=40)
 few = settings(settings.get_profile("quick"), max_examples=12)
 
-# Real bugs that these tests found in files which others were writing at the time: the proposed fix removes these marks.
-unfixed = pytest.mark.xfail(reason="found by this test, fix proposed", strict=False)
-
 LONG = "What a student pastes where a file's name was wanted. " * 200
 scalars = st.one_of(
     st.none(),
@@ -141,7 +138,6 @@ def logits(lm) -> torch.Tensor:
 KNOBS = [(cls, name) for cls in labkit.methods().values() for name in cls.knobs()]
 
 
-@unfixed
 @pytest.mark.parametrize(("cls", "name"), KNOBS, ids=[f"{cls.__name__}.{name}" for cls, name in KNOBS])
 @quick
 @given(value=anything)
@@ -162,7 +158,6 @@ def test_a_knob_takes_a_value_or_says_what_it_takes(cls, name, value):
         json.dumps(made)  # part of every key in the store
 
 
-@unfixed
 @pytest.mark.parametrize(("cls", "name"), KNOBS, ids=[f"{cls.__name__}.{name}" for cls, name in KNOBS])
 @quick
 @given(word=st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.just("9" * 5000)))
@@ -210,7 +205,6 @@ ARGUMENTS = [(labkit.text.evaluation, name) for name in ("lm", "windows", "lengt
 ]
 
 
-@unfixed
 @pytest.mark.parametrize(("cut", "name"), ARGUMENTS, ids=[f"{cut.__name__}.{name}" for cut, name in ARGUMENTS])
 @quick
 @given(value=anything)
@@ -263,7 +257,6 @@ names = st.one_of(
 )
 
 
-@unfixed
 @quick
 @given(name=names)
 @example(name=LONG)
@@ -306,7 +299,6 @@ def test_any_fault_of_the_network_is_one_sentence(hub, fault):
     sentence(error.value)
 
 
-@unfixed
 @quick
 @given(value=anything.filter(lambda value: value is not None))
 @example(value="nonsense")
@@ -319,7 +311,6 @@ def test_any_device_is_used_or_refused(saved, value):
         assert sentence(error).startswith("device = ")
 
 
-@unfixed
 @quick
 @given(value=anything.filter(lambda value: value is not None))
 @example(value="nonsense")
@@ -334,7 +325,6 @@ def test_any_dtype_is_known_or_refused(saved, value):
         assert (value if isinstance(value, torch.dtype) else getattr(torch, value)).is_floating_point
 
 
-@unfixed
 def test_a_bad_dtype_does_not_cost_the_converted_model(monkeypatch, tmp_path):
     """A ValueError while the embedded model loads means that its cache is damaged: so nothing else may raise one there."""
     from labkit import embedded
@@ -361,7 +351,6 @@ DAMAGE = {
 FILES = ["config.json", "labkit.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-@unfixed
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @few
@@ -386,7 +375,6 @@ def test_a_damaged_model_is_refused_or_is_the_same_model(saved, tmp_path_factory
     shutil.rmtree(folder)
 
 
-@unfixed
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 def test_a_missing_tensor_is_noticed_whichever_it_is(saved, tmp_path, kind):
     """transformers would fill it with random numbers, and every figure would be about those."""
@@ -403,7 +391,6 @@ def test_a_missing_tensor_is_noticed_whichever_it_is(saved, tmp_path, kind):
         sentence(error.value)
 
 
-@unfixed
 @pytest.mark.parametrize("key", ["class", "packed", "shared", "history"])
 @few
 @given(value=st.one_of(st.none(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=2)))
@@ -451,7 +438,6 @@ def test_saving_over_something_leaves_it_alone(mine, tmp_path):
 QUICK = {"windows": 1, "length": 32, "latency": False, "progress": False, "texts": ("manual",)}
 
 
-@unfixed
 @pytest.mark.parametrize("name", ["lm", "against", "texts", "windows", "length"])
 @few
 @given(value=anything)
@@ -469,7 +455,6 @@ def test_any_argument_of_measure_is_taken_or_refused(mine, name, value):
         assert found.quality and all(np.isfinite(q.perplexity) for q in found.quality.values())
 
 
-@unfixed
 @quick
 @given(value=anything)
 @example(value=torch.zeros(2, 3))
@@ -486,7 +471,6 @@ def test_any_windows_are_taken_or_refused(mine, value):
         sentence(error.value)
 
 
-@unfixed
 def test_a_model_with_another_vocabulary_cannot_be_compared(mine):
     with pytest.raises(ValueError, match="vocabularies of 100 and 96 tokens"):
         labkit.measure(mine, against=lettered(100, 1), **QUICK)
@@ -494,7 +478,6 @@ def test_a_model_with_another_vocabulary_cannot_be_compared(mine):
         labkit.measure(mine, against=lettered(80, 1), **QUICK)
 
 
-@unfixed
 @pytest.mark.parametrize("use", [labkit.RTN(), labkit.perplexity, labkit.measure, labkit.divergence])
 def test_the_transformers_model_in_place_of_ours_is_named(mine, use):
     extra = {labkit.perplexity: [IDS], labkit.divergence: [mine, IDS]}.get(use, [])
@@ -502,7 +485,6 @@ def test_the_transformers_model_in_place_of_ours_is_named(mine, use):
         use(mine.model, *extra)
 
 
-@unfixed
 @quick
 @given(data=st.data(), value=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
 def test_nan_in_any_weight_is_told_and_never_becomes_a_number(mine, data, value):
@@ -522,7 +504,6 @@ def test_nan_in_any_weight_is_told_and_never_becomes_a_number(mine, data, value)
             assert not np.isnan(found.perplexity) and (found.kl is None or not np.isnan(found.kl))
 
 
-@unfixed
 def test_a_model_that_predicts_nan_writes_no_calibration_text(mine, tmp_path, monkeypatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
     broken = mine.copy()
@@ -534,7 +515,6 @@ def test_a_model_that_predicts_nan_writes_no_calibration_text(mine, tmp_path, mo
     assert not files(tmp_path)
 
 
-@unfixed
 @quick
 @given(prompt=anything, tokens=anything)
 @example(prompt="to", tokens="x")
@@ -628,7 +608,6 @@ lines = st.one_of(
 )
 
 
-@unfixed
 @settings(settings.get_profile("quick"), max_examples=250)
 @given(words=lines)
 @example(words=["show", LONG])

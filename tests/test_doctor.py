@@ -389,7 +389,7 @@ def test_a_kernel_that_fails_at_one_width(monkeypatch, wrong):
 def test_without_onnxruntime_there_is_a_note(monkeypatch):
     from labkit.linear import matmulnbits
 
-    monkeypatch.setattr(matmulnbits, "available", lambda: False)
+    monkeypatch.setattr(matmulnbits, "widths", lambda: ())
     found = line(doctor.kernels)
     assert found.status == doctor.NOTE and "onnxruntime" in found.todo
 

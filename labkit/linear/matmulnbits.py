@@ -21,20 +21,21 @@ SHARE = 16  # rows that are worth a thread of their own
 
 
 @functools.cache
-def available() -> bool:
-    """True when onnx and onnxruntime can be imported."""
+def widths() -> tuple[int, ...]:
+    """The bits that the installed onnxruntime multiplies by: none without it, 2 bits since 1.24."""
     try:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        import onnxruntime
     except ImportError:
-        return False
-    return True
+        return ()
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    return (2, 4, 8) if version >= (1, 24) else (4, 8)
 
 
 def takes(weight, device: torch.device) -> bool:
     """True when the kernel can multiply by such a weight: integer codes of 2, 4 or 8 bits in groups of 16, 32, … columns."""
-    integers = isinstance(weight, Quantized) and weight.bits in (2, 4, 8)
-    return integers and device.type == "cpu" and weight.group_size % BLOCKS[-1] == 0 and available()
+    integers = isinstance(weight, Quantized) and weight.bits in widths()
+    return integers and device.type == "cpu" and weight.group_size % BLOCKS[-1] == 0
 
 
 class Kernel:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from labkit import text
 from labkit.measure import memory, roofline, timing
 from labkit.measure.latency import latency as _latency
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.measure.quality import Divergence, divergence, perplexity, quality
+from labkit.method import brief, check_model
 
 __all__ = [
     "Divergence",
@@ -38,6 +41,12 @@ def measure(
     each cut into ``windows`` of ``length`` tokens. ``latency=False`` leaves the timing out, and ``engine=False`` that of
     the compiled model (see :func:`labkit.compile`), which is also left out where there is none for this model.
     """
+    check_model(lm)
+    texts = (texts,) if isinstance(texts, (str, os.PathLike)) else texts
+    if not isinstance(texts, (tuple, list)) or not texts or not all(isinstance(t, (str, os.PathLike)) for t in texts):
+        raise ValueError(
+            f"texts = {brief(texts)} is not allowed: it must be one or more corpora or paths of text files."
+        )
     found, hashes = {}, {}
     with memory.peak(lm.device) as peak:
         for name in texts:

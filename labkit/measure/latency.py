@@ -20,6 +20,8 @@ def latency(
     Interleaved with ``against``, where it is given. Decode: ms per token over ``steps`` at ``context``. All ratios are to
     the uncompressed model run eagerly: ``against``, or ``lm`` itself for its own engine.
     """
+    room = min(getattr(m.model.config, "max_position_embeddings", None) or prompt for m in (lm, against or lm))
+    prompt = min(prompt, room)
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
     prefills = {name: prefill_run(m, prompt) for name, m in models.items()}
     decodes = {name: decode_run(m, context, steps) for name, m in models.items()}

@@ -43,13 +43,22 @@ def divergence(lm, reference, windows: torch.Tensor, progress: bool = False) -> 
 def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, what: str = "quality") -> Quality:
     """All quality figures in one pass, window by window, so that only one window's logits are held at a time."""
     text.check_windows(lm, windows)
+    if reference is not None:
+        text.check_windows(reference, windows)
     nll, kl, same = [], [], []
     for ids in track(windows, what, progress):
         ids = ids[None].to(lm.device)
         mine = lm.model(ids).logits[0, :-1].float().log_softmax(-1)
+        if mine.isnan().any():
+            raise ValueError(f"{lm.name} predicts NaN: check its weights.")
         nll.append(-mine.gather(1, ids[0, 1:, None]).mean())
         if reference is not None:
             theirs = reference.model(ids.to(reference.device)).logits[0, :-1].float().log_softmax(-1).to(mine.device)
+            if theirs.shape != mine.shape:
+                sizes = f"{theirs.shape[-1]} and {mine.shape[-1]}"
+                raise ValueError(f"Two models with vocabularies of {sizes} tokens cannot be compared.")
+            if theirs.isnan().any():
+                raise ValueError(f"{reference.name}, which is compared with, predicts NaN: check its weights.")
             same.append((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
             kl.append((theirs.exp() * (theirs - mine)).sum(-1).mean().clamp(min=0))
     mean, error = _band(nll)

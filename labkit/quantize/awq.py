@@ -12,7 +12,7 @@ from labkit.fold import Fold, folds
 from labkit.formats import Encoded, Format
 from labkit.method import Method, knob
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of, rounded
-from labkit.walk import Flow, Stats, set_weight, walk, weight_of
+from labkit.walk import Flow, Prepare, Stats, set_weight, walk, weight_of
 
 GRID = 20  # the scale search tries the exponents 0, 1/20, … 19/20; the clip search cuts ranges in steps of 1/20
 SHORTEST = 0.5  # the smallest share of a group's range that the clip search tries
@@ -47,17 +47,24 @@ class AWQ(Method):
     def apply(self, lm, calib, progress: bool) -> None:
         form = format_of(self)
 
-        def prepare(block: nn.Module, flow: Flow, index: int) -> None:
-            hidden = flow.few(self.windows)
-            for fold in folds(block, lambda: flow.run(index, hidden[:1]), head_dim_of(lm)):
-                fold.apply(block, best_factors(block, fold, lambda: flow.run(index, hidden), form).factors)
-
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
             if not self.clip or path.endswith(UNCLIPPED):
                 return form.encode(weight)
             return clipped(weight, stats.gram, form)
 
-        walk(lm, calib, "hessian", solve, f"AWQ to {form.bits} bits", progress, prepare if self.scale else None)
+        prepare = scaling(lm, form, self.windows) if self.scale else None
+        walk(lm, calib, "hessian", solve, f"AWQ to {form.bits} bits", progress, prepare)
+
+
+def scaling(lm, form: Format, windows: int) -> Prepare:
+    """What the walk does with each block before its statistics are gathered: find the folds, and apply the best factors."""
+
+    def prepare(block: nn.Module, flow: Flow, index: int) -> None:
+        hidden = flow.few(windows)
+        for fold in folds(block, lambda: flow.run(index, hidden[:1]), head_dim_of(lm)):
+            fold.apply(block, best_factors(block, fold, lambda: flow.run(index, hidden), form).factors)
+
+    return prepare
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,15 @@ def clipped(weight: torch.Tensor, gram: torch.Tensor, form: Format) -> Encoded:
     block of ``gram`` (in, in), the sum of xxᵀ.
     """
     groups = form.groups(weight)  # (out, groups, size)
+    params = form.fit(groups, best_shares(groups, gram, form))
+    codes = form.quantize(groups, params).view(len(weight), -1)[:, : weight.shape[1]]
+    return form.assemble(codes, params)
+
+
+def best_shares(groups: torch.Tensor, gram: torch.Tensor, form: Format) -> torch.Tensor:
+    """The share of each group's range whose grid changes x·w over that group least: (out, groups)."""
     blocks = _diagonal_blocks(gram, groups.shape[-1])
-    best = torch.full(groups.shape[:2], torch.inf, device=weight.device)
+    best = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     shares = torch.ones_like(best)
     for step in range(round((1 - SHORTEST) * GRID) + 1):
         share = 1 - step / GRID
@@ -125,9 +139,7 @@ def clipped(weight: torch.Tensor, gram: torch.Tensor, form: Format) -> Encoded:
         loss = ((change @ blocks) * change).sum(-1).T
         shares = torch.where(loss < best, share, shares)
         best = torch.minimum(loss, best)
-    params = form.fit(groups, shares)
-    codes = form.quantize(groups, params).view(len(weight), -1)[:, : weight.shape[1]]
-    return form.assemble(codes, params)
+    return shares
 
 
 def _diagonal_blocks(gram: torch.Tensor, size: int) -> torch.Tensor:

@@ -9,10 +9,12 @@ import torch
 
 from labkit.formats import Encoded, Format
 from labkit.method import Method, knob
+from labkit.quantize.awq import best_shares, scaling
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of
 from labkit.walk import Stats, walk
 
 BLOCK = 128  # columns whose updates to the rest of the matrix are made in one product
+WINDOWS = 4  # calibration windows that the search for scales looks at
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class GPTQ(Method):
     damp: float = knob(
         0.01, low=0.0001, high=1.0, stops=(0.001, 0.01, 0.03, 0.1, 0.3), help="Share of H's mean diagonal added to it."
     )
+    scale: bool = knob(False, help="First scale the columns as AWQ does.")
+    clip: bool = knob(False, help="Cut each group's range as AWQ does.")
     compensate: bool = knob(True, help="Off: no column makes up for another, which leaves plain rounding.")
 
     def apply(self, lm, calib, progress: bool) -> None:
@@ -46,12 +50,20 @@ class GPTQ(Method):
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
             if not self.compensate:
                 return form.encode(weight)
-            return gptq(weight, stats, form, self.act_order, self.damp)
+            return gptq(weight, stats, form, self.act_order, self.damp, self.clip)
 
-        walk(lm, calib, "hessian", solve, f"GPTQ to {form.bits} bits", progress)
+        prepare = scaling(lm, form, WINDOWS) if self.scale else None
+        walk(lm, calib, "hessian", solve, f"GPTQ to {form.bits} bits", progress, prepare)
 
 
-def gptq(weight: torch.Tensor, stats: Stats, form: Format, act_order: bool = True, damp: float = 0.01) -> Encoded:
+def gptq(
+    weight: torch.Tensor,
+    stats: Stats,
+    form: Format,
+    act_order: bool = True,
+    damp: float = 0.01,
+    clip: bool = False,
+) -> Encoded:
     """Encode a weight (out, in) whose inputs had these statistics.
 
     With ``act_order`` the groups' grids come from the weights as they were ("static groups"), since neighbours are no
@@ -60,7 +72,8 @@ def gptq(weight: torch.Tensor, stats: Stats, form: Format, act_order: bool = Tru
     columns, size = weight.shape[1], form.size(weight.shape[1])
     order, factor, dead = stats.cholesky(damp, act_order)
     weight = weight.masked_fill(dead, 0)  # inputs that are always zero: their weights do not matter
-    params = form.fit(form.groups(weight))
+    groups = form.groups(weight)
+    params = form.fit(groups, best_shares(groups, stats.gram, form) if clip else 1.0)
     grids = [form.slice(params, g) for g in range(-(-columns // size))]
     todo = weight[:, order].T.contiguous()  # (in, out): a column of the weight is one run of memory
     codes = torch.empty(todo.shape, dtype=torch.uint8, device=todo.device)
