@@ -6,6 +6,7 @@ Everything long in labkit loops over ``track(items, "what it does")``. By defaul
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +37,8 @@ def track(items: Iterable, what: str, show: bool = True, total: int | None = Non
     if callback is None:
         from tqdm.auto import tqdm
 
-        yield from tqdm(items, desc=what, total=total, disable=not show, leave=False)
+        static = os.environ.get("LABKIT_STATIC", "") not in ("", "0")  # a bar in a kept page would be a dead widget
+        yield from tqdm(items, desc=what, total=total, disable=static or not show, leave=False)
         return
     done = 0
     for item in items:
