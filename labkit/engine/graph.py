@@ -191,7 +191,7 @@ class Graph:
             return [self.linear(f"{name}.{i}", [m], x)[0] for i, m in enumerate(modules)]
         for i, m in enumerate(modules):
             if not isinstance(m, nn.Linear):
-                kind = ", ".join(f"{k}={v}" for k, v in m.quantized.spec().items())
+                kind = ", ".join(f"{k}={v}" for k, v in m.quantized.spec().items() if k != "shape")
                 self.dense.setdefault(kind, []).append(f"{name}.{i}")
         weight = torch.cat([m.weight.detach().float() for m in modules])
         y = self.product_dense(name, weight, x)
@@ -276,5 +276,5 @@ class Graph:
 
 
 def group(hidden: int) -> int:
-    """The group size for an embedding and a head: 32 columns, or 16 where rows end in half a block."""
-    return 32 if hidden % 32 == 0 else 16
+    """The group size for an embedding and a head: 64 columns where that divides, for fewer scales; else 32 or 16."""
+    return next((size for size in (64, 32) if hidden % size == 0), 16)
