@@ -57,8 +57,8 @@ class Graph:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes of the embedding, the head, and everything between."""
-        found = {"embedding": 0, "blocks": 0, "head": 0}
+        """Bytes of the embedding, the blocks, the head and the rotary tables."""
+        found = {"embedding": 0, "blocks": 0, "head": 0, "rotary": 0}
         for name, size in self.weights.sizes.items():
             first = name.split(".")[0]
             found[first if first in found else "blocks"] += size
@@ -88,7 +88,7 @@ class Graph:
             helper.make_tensor_value_info("total", TensorProto.INT32, [1]),  # tokens, those in the cache included
         ]
         for name, table in zip(("cos", "sin"), rotary_tables(d, context)):
-            self.weights.add(name, table)
+            self.weights.add(f"rotary.{name}", table)
         head = self._head_weight(head_bits)
         x, residual = self.embedding(embedding_bits, head), ""
         for i, block in enumerate(d.blocks):
@@ -141,7 +141,7 @@ class Graph:
         for what in ("key", "value"):
             for names, way in ((self.inputs, "past"), (self.outputs, "present")):
                 names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", TensorProto.FLOAT, shape))
-        inputs = [*qkv, f"past.{at}.key", f"past.{at}.value", "last", "total", "cos", "sin"]
+        inputs = [*qkv, f"past.{at}.key", f"past.{at}.value", "last", "total", "rotary.cos", "rotary.sin"]
         more = {} if b.window is None else {"local_window_size": b.window}
         names = [f"{at}.attention", f"present.{at}.key", f"present.{at}.value"]
         node = helper.make_node(
