@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "Store",
     "check",
+    "compile",
     "divergence",
     "load",
     "measure",
@@ -38,11 +39,15 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # What needs widgets, or is only for exercises, is imported when it is first asked for.
+    # What needs widgets or onnx, or is only for exercises, is imported when it is first asked for.
     if name == "panel":
         from labkit.ui.panel import panel
 
         return panel
+    if name == "compile":
+        from labkit.engine import compile
+
+        return compile
     if name == "check":
         import labkit.check as check
 

@@ -24,6 +24,7 @@ commands:
   compress   apply a technique, or several in a row, to a model and save it
   measure    accuracy, memory and latency of a model, on this machine
   sweep      measure many settings of a technique, into the store
+  generate   let a model write, as one graph, with its pace
   regress    run the notebooks and compare their numbers with the baselines
   fetch      download and check the model and other assets
   doctor     is everything here that labkit needs?
@@ -35,7 +36,7 @@ examples:
 
 `labkit COMMAND --help` tells more.
 """
-TAKES_METHODS = ("compress", "sweep")
+TAKES_METHODS = ("compress", "sweep", "generate")
 QUICK = {"windows": 2}  # --quick: 2 evaluation windows per text in place of 8
 MODEL_HELP = 'a folder, the id of a model on the hub, or "default": the embedded SmolLM2-135M-Instruct'
 
@@ -119,7 +120,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     command = commands[words[0]](None)
     takes_value = {flag: action.nargs != 0 for action in command._actions for flag in action.option_strings}
     steps, rest = _split(words[1:], takes_value)
-    if not steps and not {"-h", "--help"} & set(rest):
+    if not steps and words[0] != "generate" and not {"-h", "--help"} & set(rest):
         raise UsageError(f"Name a method, as in `labkit {words[0]} rtn --bits 4`; `labkit methods` lists them.")
     knobs = "\n".join(_knob_table(cls) for cls in dict.fromkeys(cls for cls, _ in steps))
     options = _parser(knobs).parse_args([words[0], *rest])
@@ -253,6 +254,7 @@ def _commands() -> dict:
         "compress": _compress_parser,
         "measure": _measure_parser,
         "sweep": _sweep_parser,
+        "generate": _generate_parser,
         "regress": _regress_parser,
         "fetch": _fetch_parser,
         "doctor": _doctor_parser,
@@ -554,6 +556,45 @@ def _row(m) -> tuple[str, ...]:
         number(m.memory.weights / 1e6, 1),
         number(m.latency and m.latency.decode_ms, 1),
     )
+
+
+# labkit generate
+
+
+def _generate_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "generate",
+        _run_generate,
+        "Let a model write, token by token, and say how fast. The model runs as one graph where it can be one.",
+        """
+        labkit generate --prompt "The river rose in the night"
+        labkit generate gptq --bits 4 --prompt "What is a bridge?" --chat
+        labkit generate --model small --prompt "Salt" --max-new-tokens 200 --eager
+        """,
+        usage="labkit generate [METHOD --KNOB VALUE ...] --prompt TEXT [--model MODEL] [--chat] [--eager]",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to continue, or with --chat to answer")
+    parser.add_argument("--model", default="default", help=MODEL_HELP)
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to write (64)")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's template for questions")
+    parser.add_argument("--eager", action="store_true", help="run through transformers, not as one graph")
+    _no_progress(parser)
+    return parser
+
+
+def _run_generate(options) -> None:
+    from labkit.talk import Talk, fastest
+
+    with contextlib.redirect_stdout(sys.stderr):
+        lm = load_model(options.model)
+        for cls, texts in options.steps:
+            lm = _method(cls, texts)(lm, None, options.progress)
+        talk = Talk(lm if options.eager else fastest(lm), options.prompt, options.max_new_tokens, options.chat)
+    for piece in talk:
+        print(piece, end="", flush=True)
+    way = "eager" if talk.model is lm else "one graph"
+    print(f"\n{talk.tokens} tokens, {talk.rate:.1f} tokens/s ({way})", file=sys.stderr)
 
 
 # labkit regress

@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import importlib
 
+from labkit import colab
+
+colab.setup()  # once; elsewhere than on Colab it does nothing
+
 
 def need(module: str):
     """Import an optional module, or raise an ImportError that says what to install."""

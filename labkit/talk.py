@@ -1,0 +1,73 @@
+"""Text as it is written: token by token, with the pace, from one graph where there is one and eagerly otherwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+class Talk:
+    """An answer under way: iterate over it for pieces of text; then ``tokens`` and ``rate`` (tokens per second).
+
+    >>> for piece in Talk(lm, "The capital of France is"): print(piece, end="")
+    """
+
+    def __init__(self, lm, prompt: str, max_new_tokens: int = 64, chat: bool = False):
+        """``lm``: a LanguageModel or a CompiledModel. ``chat``: put the prompt into the model's own template for questions."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens!r} is not allowed: it must be a whole number, 1 or more."
+            )
+        if chat:
+            if not getattr(lm.tokenizer, "chat_template", None):
+                raise ValueError(f"{lm.name} has no template for questions: leave chat out.")
+            turn = [{"role": "user", "content": prompt}]
+            prompt = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        self.model, self.prompt, self.max_new_tokens = lm, prompt, max_new_tokens
+        self.tokens, self.seconds, self.text = 0, 0.0, ""
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, the first one (which waits for the prompt) left out; 0 before the second."""
+        return (self.tokens - 1) / self.seconds if self.seconds else 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        ids, start = [], 0.0
+        ends = set(self.model.tokenizer.all_special_ids)
+        for token in self._stream():
+            now = time.perf_counter()
+            start = start or now
+            self.tokens, self.seconds = self.tokens + 1, now - start
+            if token in ends:
+                return
+            ids.append(token)
+            text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half a character: the next token completes it
+                piece, self.text = text[len(self.text) :], text
+                yield piece
+
+    def _stream(self) -> Iterator[int]:
+        if hasattr(self.model, "stream"):
+            yield from self.model.stream(self.prompt, self.max_new_tokens)
+        else:
+            yield from _eager(self.model, self.prompt, self.max_new_tokens)
+
+
+def fastest(lm):
+    """``lm`` as one graph where it can be one, else ``lm`` itself."""
+    from labkit.measure import compiled
+
+    return compiled(lm) or lm
+
+
+@torch.inference_mode()
+def _eager(lm, prompt: str, max_new_tokens: int) -> Iterator[int]:
+    ids, cache = lm.encode(prompt), None
+    if ids.shape[1] == 0:
+        raise ValueError("The prompt is empty: at least one token is needed to continue.")
+    for _ in range(max_new_tokens):
+        out = lm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        yield int(ids)
