@@ -24,6 +24,7 @@ commands:
   compress   apply a technique, or several in a row, to a model and save it
   measure    accuracy, memory and latency of a model, on this machine
   sweep      measure many settings of a technique, into the store
+  reproduce  run again a sweep whose results ship with labkit
   generate   let a model write, as one graph, with its pace
   regress    run the notebooks and compare their numbers with the baselines
   fetch      download and check the model and other assets
@@ -254,6 +255,7 @@ def _commands() -> dict:
         "compress": _compress_parser,
         "measure": _measure_parser,
         "sweep": _sweep_parser,
+        "reproduce": _reproduce_parser,
         "generate": _generate_parser,
         "regress": _regress_parser,
         "fetch": _fetch_parser,
@@ -556,6 +558,45 @@ def _row(m) -> tuple[str, ...]:
         number(m.memory.weights / 1e6, 1),
         number(m.latency and m.latency.decode_ms, 1),
     )
+
+
+# labkit reproduce
+
+
+def _reproduce_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "reproduce",
+        _run_reproduce,
+        "Run again a sweep whose results ship with labkit (data/sweeps.toml lists them), on this machine, and write its "
+        "rows. What this machine has measured already is kept; what was interrupted goes on.",
+        "labkit reproduce --list\nlabkit reproduce rtn --out mine.jsonl",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", metavar="NAME", nargs="?", help="the sweep's name")
+    what.add_argument("--list", action="store_true", help="list the sweeps")
+    parser.add_argument("--model", default="default", help=MODEL_HELP)
+    parser.add_argument("--out", metavar="FILE", help="where the rows go (default: data/results/NAME.jsonl)")
+    _no_progress(parser)
+    return parser
+
+
+def _run_reproduce(options) -> None:
+    from labkit import reproduce
+
+    known = reproduce.sweeps()
+    if options.list:
+        print(_columns([(name, f"{len(s.methods())} settings", s.what) for name, s in known.items()]))
+        return
+    if options.name not in known:
+        raise UsageError(
+            f"There is no sweep {options.name!r}{_close(options.name, known)}. They are: {', '.join(known)}."
+        )
+    out = Path(options.out) if options.out else None
+    if out and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {options.out}: there is no such folder. Make it, or name another file.")
+    path = reproduce.reproduce(options.name, load_model(options.model), out=out, progress=options.progress)
+    print(f"written to {path}")
 
 
 # labkit generate

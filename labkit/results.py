@@ -175,18 +175,11 @@ class Store:
 
     def export(self, path: str | os.PathLike, **where) -> int:
         """Write the rows picked by ``where`` as JSON lines, whole or not at all; returns how many."""
-        found = self._select(where)
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                for f in found:
-                    line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
-                    file.write(json.dumps(line) + "\n")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        return len(found)
+        return _write_rows(path, self._select(where))
+
+    def export_keys(self, path: str | os.PathLike, keys: Iterable[Key]) -> int:
+        """Write the rows with exactly these keys, those that are there, in their order."""
+        return _write_rows(path, [f for f in (self._find(key, KEY) for key in keys) if f])
 
     def load(self, path: str | os.PathLike) -> int:
         """Add the rows of a JSON lines file that are new, or newer than ours; returns how many.
@@ -300,6 +293,21 @@ class Store:
             if os.path.exists(f"{self.path}{end}"):
                 os.rename(f"{self.path}{end}", aside + end)
         warnings.warn(f"{self.path} is not a labkit store ({why}); kept as {aside}, starting anew.", stacklevel=2)
+
+
+def _write_rows(path: str | os.PathLike, found: list[Found]) -> int:
+    """JSON lines, whole or not at all; returns how many."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for f in found:
+                line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
+                file.write(json.dumps(line) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return len(found)
 
 
 _inherited: list[sqlite3.Connection] = []

@@ -1,0 +1,103 @@
+"""The sweeps that ship with labkit: what they measure, and how to measure it again.
+
+``data/sweeps.toml`` says which settings each one has; ``data/results/NAME.jsonl`` holds what they gave on some machine,
+and is read into every new store. ``labkit reproduce NAME`` measures here what is missing and writes that file.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkit import paths
+from labkit.method import Method
+from labkit.results import Key, Store, calibrated
+from labkit.sweep import grid, sweep, text_hashes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TEXTS = ("manual", "prose")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One shipped sweep. ``sources`` and ``seeds``: the calibrations that each calibrated setting is tried with."""
+
+    name: str
+    what: str
+    settings: tuple[dict, ...]
+    windows: int = 8
+    length: int = 512
+    latency: bool = True
+    sources: tuple[str, ...] = ("mixed",)
+    seeds: tuple[int, ...] = (0,)
+
+    def methods(self) -> list[Method]:
+        """Every setting of the sweep, once."""
+        import labkit
+
+        found: dict[tuple[str, str], Method] = {}
+        for setting in self.settings:
+            knobs = {n: _none(v) for n, v in setting.items() if n != "method"}
+            for method in grid(labkit.methods()[setting["method"]], **knobs):
+                found[type(method).__name__, method.key()] = method
+        return list(found.values())
+
+    def run(self, lm, store: Store | None = None, progress: bool = True) -> list[Key]:
+        """Measure what the store does not have from this machine; returns the keys of all, the uncompressed first."""
+        from labkit import text
+
+        store = Store() if store is None else store
+        hashes = text_hashes(lm, TEXTS, self.windows, self.length)
+        how = {"texts": TEXTS, "windows": self.windows, "length": self.length, "latency": self.latency}
+        keys = [Key.of(lm, None, hashes)]
+        methods = self.methods()
+        plain = [m for m in methods if not calibrated(m)]
+        rounds = [(plain, None)]
+        for source in self.sources:
+            rounds += [([m for m in methods if calibrated(m)], (source, seed)) for seed in self.seeds]
+        for todo, chosen in rounds:
+            if not todo:
+                continue
+            calib = text.calibration(lm, source=chosen[0], seed=chosen[1]) if chosen else None
+            sweep(lm, todo, store, calib, progress=progress, hashes=hashes, **how)
+            keys += [Key.of(lm, m, hashes, calib) for m in todo]
+        return keys
+
+
+def _none(value):
+    if isinstance(value, list):
+        return [_none(v) for v in value]
+    return None if value == "none" else value
+
+
+def sweeps() -> dict[str, Sweep]:
+    """The shipped sweeps by name."""
+    with open(paths.data() / "sweeps.toml", "rb") as file:
+        found = tomllib.load(file)
+    fields = {n: {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()} for n, s in found.items()}
+    return {name: Sweep(name, **settings) for name, settings in fields.items()}
+
+
+def reproduce(name: str, lm, store: Store | None = None, out: Path | None = None, progress: bool = True) -> Path:
+    """Run a shipped sweep here and write its rows to ``data/results/NAME.jsonl``, or to ``out``."""
+    known = sweeps()
+    if name not in known:
+        raise ValueError(f"There is no sweep {name!r}: data/sweeps.toml has {', '.join(known)}.")
+    store = Store() if store is None else store
+    keys = known[name].run(lm, store, progress)
+    path = paths.data() / "results" / f"{name}.jsonl" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.export_keys(path, keys)
+    return path
+
+
+def calibrations(lm, sources=("manual", "self", "mixed"), seeds=(0, 1, 2)) -> dict[str, tuple[str, int]]:
+    """hash of the windows -> (source, seed), to tell the rows of a store apart."""
+    from labkit import text
+
+    return {text.fingerprint(text.calibration(lm, source=s, seed=n)): (s, n) for s in sources for n in seeds}
