@@ -52,6 +52,7 @@ class Minifloat:
         # A magnitude's code counts the values below it: those of all lower exponents, then the steps on this one.
         # A step count that was rounded up to a full 2^(mantissa_bits + 1) carries over into the exponent by itself.
         code = steps.abs().to(torch.int32) + ((exponent + (self.bias - 1)) << self.mantissa_bits)
+        code = torch.where(steps == 0, 0, code)  # frexp gives zero the exponent of 1/2
         return (code | (torch.signbit(x).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,8 @@ class NF4(Format):
             block_scale, offset = like[2:]
         else:
             offset = absmax.mean()
+            if not torch.isfinite(offset):  # the sum of huge absmaxes overflows
+                offset = (absmax / absmax.numel()).sum()
             flat = torch.nn.functional.pad((absmax - offset).flatten(), (0, -absmax.numel() % BLOCK))
             block_scale = self._spread(flat.view(-1, BLOCK).abs().amax(1), absmax.shape)
         return absmax, dynamic_code(absmax - offset, block_scale), block_scale, offset
@@ -109,7 +111,7 @@ def dynamic_code(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     the farther one. (A GPU compares exactly.) An absmax of 0 gives code 0.
     """
     _, middles = _dynamic(x.device)
-    ratio = (x * (1 / absmax)).clamp(-1, 1) + 1
+    ratio = (x * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1) + 1
     index = (ratio.double() * 0.5 * 65535 + 0.5).float().floor()
     code = torch.bucketize(-1 + 2 * index / 65535, middles, out_int32=True)
     return torch.where(absmax > 0, code, 0).to(torch.uint8)
