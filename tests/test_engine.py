@@ -149,8 +149,9 @@ def test_head_and_embedding_are_packed_and_counted(family):
         small = compile(lm, head_bits=bits, embedding_bits=bits, threads=1)
         error = (small.logits(IDS) - dense.logits(IDS)).abs().max()
         assert 0 < error < tolerance * dense.logits(IDS).abs().max()
-        # Codes, an fp32 scale per 64 columns and a packed zero, of each row.
-        assert small.parts["head"] == 96 * (64 * bits // 8 + 4 + 1)
+        # Of each row: codes, and for its one block of 64 an fp32 scale, the kernel's fp32 sum and a packed zero.
+        assert small.parts["head"] == 96 * (64 * bits // 8 + 4 + 4 + 1)
+        assert small.parts["embedding"] <= 96 * (64 * bits // 8 + 4 + 1) + 4
         assert small.nbytes == sum(small.parts.values()) < dense.nbytes
     assert dense.parts["head"] == 96 * 64 * 4
 
@@ -289,7 +290,7 @@ def test_real_model_packed_is_as_close_to_eager_as_rounding_lets_it(lm):
     small = labkit.RTN(bits=4, group_size=64)(lm)
     ids = labkit.text.evaluation(lm, windows=1, length=128)
     compiled = compile(small, **DENSE)
-    assert np.isclose(compiled.parts["blocks"], 106_168_320 * (4 + 4 / 64 + 32 / 64) / 8, rtol=0.01)
+    assert np.isclose(compiled.parts["blocks"], 106_168_320 * (4 + 4 / 64 + 2 * 32 / 64) / 8, rtol=0.01)
     engine = compiled.logits(ids).log_softmax(-1)
     nudged = small.copy()
     weight = small.model.model.embed_tokens.weight

@@ -209,6 +209,7 @@ class Graph:
     def product_packed(self, name: str, found: list, bias: torch.Tensor | None, x: str) -> str:
         size, codes, scales, zeros = w.layout(found)
         inputs = [x, self.weights.add(f"{name}.codes", codes), self.weights.add(f"{name}.scales", scales)]
+        self.weights.sizes[f"{name}.sums"] = 4 * scales.numel()  # the kernel makes one per block, and keeps it
         if zeros is not None or bias is not None:
             inputs.append("" if zeros is None else self.weights.add(f"{name}.zeros", zeros))
         if bias is not None:
