@@ -19,7 +19,7 @@ def run(quick: bool) -> list[Row]:
     texts = {t: labkit.text.evaluation(lm, 2 if quick else 8, 512, t) for t in ("manual", "prose")}
     ways = {
         "plain port": lambda: port(lm, calib, 4, 64),
-        "labkit": lambda: labkit.GPTQ(bits=4, group_size=64)(lm, calib, progress=False),
+        "labkit": lambda: labkit.GPTQ(bits=4, group_size=64, scale=False, clip=False)(lm, calib, progress=False),
     }
     seconds, peaks, kl = {n: [] for n in ways}, {}, {}
     for turn in range(1 if quick else 2):  # A B B A

@@ -15,7 +15,7 @@ from labkit.sweep import text_hashes
 
 def test_every_listed_setting_is_a_method_with_such_knobs():
     found = reproduce.sweeps()
-    assert {"rtn", "rtn-quick", "ptq", "calibration"} <= found.keys()
+    assert {"rtn", "rtn-quick", "ptq", "gptq", "calibration"} <= found.keys()
     for sweep in found.values():
         methods = sweep.methods()
         assert sweep.what and methods and len({(type(m), m.key()) for m in methods}) == len(methods)

@@ -23,7 +23,7 @@ class GPTQ(Method):
 
     The layer's inputs X say how: H = 2XXᵀ over the calibration is the Hessian of the squared output error. The error of
     column j, divided by the j-th diagonal entry of the upper Cholesky factor of H⁻¹, is taken from the later columns in
-    proportion to that factor's row j.
+    proportion to that factor's row j. The paper's own settings are ``scale=False, clip=False``.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -40,8 +40,8 @@ class GPTQ(Method):
     damp: float = knob(
         0.01, low=0.0001, high=1.0, stops=(0.001, 0.01, 0.03, 0.1, 0.3), help="Share of H's mean diagonal added to it."
     )
-    scale: bool = knob(False, help="First scale the columns as AWQ does.")
-    clip: bool = knob(False, help="Cut each group's range as AWQ does.")
+    scale: bool = knob(True, help="First scale the columns as AWQ does (not in the paper: both texts gain).")
+    clip: bool = knob(True, help="Cut each group's range as AWQ does (not in the paper; counts with act_order alone).")
     compensate: bool = knob(True, help="Off: no column makes up for another, which leaves plain rounding.")
 
     def apply(self, lm, calib, progress: bool) -> None:
@@ -76,7 +76,7 @@ def gptq(
     params = form.fit(groups, best_shares(groups, stats.gram, form) if clip else 1.0)
     grids = [form.slice(params, g) for g in range(-(-columns // size))]
     todo = weight[:, order].T.contiguous()  # (in, out): a column of the weight is one run of memory
-    codes = torch.empty(todo.shape, dtype=torch.uint8, device=todo.device)
+    values = torch.empty_like(todo)
     group_of = (order // size).tolist()
     width = BLOCK if size % BLOCK == 0 else size * max(1, BLOCK // size)  # whole groups
     for start in range(0, columns, width):
@@ -87,11 +87,13 @@ def gptq(
             if not act_order and (start + j) % size == 0:
                 now = todo[start + j : start + j + size].T
                 grids[group] = form.fit(now[:, None], like=grids[group])
-            codes[start + j] = code = form.quantize(block[j, :, None, None], grids[group])[:, 0, 0]
-            value = form.dequantize(code[:, None, None], grids[group])[:, 0, 0]
+            value = form.round(block[j, :, None, None], grids[group]).view(-1)
+            values[start + j] = value
             errors[j] = (block[j] - value) / diagonal
-            block[j:].addr_(rows[j, j:], errors[j], alpha=-1)
+            block[j + 1 :].addr_(rows[j, j + 1 :], errors[j], alpha=-1)
         todo[start + width :].addmm_(factor[start : start + width, start + width :].T, errors, alpha=-1)
-    back = torch.empty_like(codes)
-    back[order] = codes
-    return form.assemble(back.T.contiguous(), form.join(grids))
+    back = torch.empty_like(weight)
+    back[:, order] = values.T
+    params = form.join(grids)
+    codes = form.quantize(form.groups(back), params).view(len(weight), -1)[:, :columns]
+    return form.assemble(codes, params)

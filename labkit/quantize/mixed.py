@@ -11,8 +11,9 @@ from labkit.formats import Encoded, Integer
 from labkit.linear import exact
 from labkit.method import Method, knob
 from labkit.progress import track
+from labkit.quantize.awq import scaling
 from labkit.quantize.common import GROUP_SIZE, rounded
-from labkit.quantize.gptq import gptq
+from labkit.quantize.gptq import WINDOWS, gptq
 from labkit.walk import Stats, linears, set_weight, unpack, walk, weight_of
 from labkit.walk import blocks as blocks_of
 
@@ -48,9 +49,10 @@ class MixedPrecision(Method):
         width = allocate(damage, errors, sizes, self.bits)
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
-            return gptq(weight, stats, Integer(width[path], self.group_size))
+            return gptq(weight, stats, Integer(width[path], self.group_size), clip=True)
 
-        walk(lm, calib, "hessian", solve, f"GPTQ to {self.bits:g} bits on average", progress)
+        prepare = scaling(lm, Integer(round(self.bits), self.group_size), WINDOWS)
+        walk(lm, calib, "hessian", solve, f"GPTQ to {self.bits:g} bits on average", progress, prepare)
 
 
 @exact()
