@@ -103,7 +103,8 @@ class _Frame:
         for v in _ticks(self.y, self.ylog, (self.bottom - self.top) / 32):
             y = self.py(v)
             out.append(f"<line {GRID} x1='{self.left:.1f}' x2='{self.right:.1f}' y1='{y:.1f}' y2='{y:.1f}'/>")
-            out.append(_text(self.left - 5, y + 4, _label(v), "end"))
+            if yaxis.showticklabels is not False:
+                out.append(_text(self.left - 5, y + 4, _label(v), "end"))
         if self.categories:
             for c in self.categories:
                 out.append(_text(self.px(c), self.bottom + 15, str(c)))
