@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,11 +64,15 @@ def gptq(
     act_order: bool = True,
     damp: float = 0.01,
     clip: bool = False,
+    watch: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Encoded:
     """Encode a weight (out, in) whose inputs had these statistics.
 
     With ``act_order`` the groups' grids come from the weights as they were ("static groups"), since neighbours are no
     longer rounded together; without it each grid is fitted to the updated weights when its group's turn comes.
+
+    ``watch(done, columns)`` is called after each column, for views of the algorithm: how many are done, and all columns
+    (in, out) in their order, the first ``done`` of them rounded. (Columns beyond the block of ``BLOCK`` lag behind.)
     """
     columns, size = weight.shape[1], form.size(weight.shape[1])
     order, factor, dead = stats.cholesky(damp, act_order)
@@ -91,6 +96,9 @@ def gptq(
             values[start + j] = value
             errors[j] = (block[j] - value) / diagonal
             block[j + 1 :].addr_(rows[j, j + 1 :], errors[j], alpha=-1)
+            if watch:
+                done = start + j + 1
+                watch(done, torch.cat([values[:done], todo[done:]]))
         todo[start + width :].addmm_(factor[start : start + width, start + width :].T, errors, alpha=-1)
     back = torch.empty_like(weight)
     back[:, order] = values.T

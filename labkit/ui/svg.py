@@ -1,6 +1,6 @@
 """The same plotly figures as plain SVG, for pages that run no script: GitHub, nbconvert, a printed sheet.
 
-Draws what labkit's figures use: grouped, stacked and overlaid bars with error bars, lines, markers, texts,
+Draws what labkit's figures use: grouped, stacked and overlaid bars with error bars, lines, markers, heat maps, texts,
 annotations, linear, logarithmic and categorical axes, a legend. A few KB each, and no browser is needed to make one.
 Colours follow the reader's light or dark setting; the background is painted, so text never meets an unknown page.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 from html import escape, unescape
+
+from labkit.ui.heat import cells
 
 # Colours stand as attributes, which survive where a page strips styles; the style only adds the dark setting. Its
 # rules name our own class, since nbconvert puts the SVG right into the page.
@@ -49,8 +51,11 @@ def _figure(fig, width: int, height: int) -> str:
         inner = width - left - right
         box = (left + a * inner, left + b * inner, top, height - bottom)
         traces = [t for t in fig.data if (t.xaxis or "x")[1:] == suffix]
+        maps = [t for t in traces if t.type == "heatmap"]  # their axes have ranges of their own
+        traces = [t for t in traces if t.type != "heatmap"]
         frame = _Frame(traces, xs, ys, box, layout.barmode or "group")
         frames[suffix] = frame
+        out += [cells(t, frame.px, frame.py) for t in maps]
         out += [frame.grid(xs, ys), frame.draw(traces, layout.barmode or "group", layout.bargap)]
     for note in layout.annotations or ():
         out.append(_annotation(note, frames, (left, width - right, top, height - bottom)))
@@ -193,7 +198,8 @@ def _annotation(note, frames, box) -> str:
 
 def _legend(fig, width: int) -> tuple[str, int]:
     """Coloured squares and names under the title, wrapped to the width: (svg, number of rows)."""
-    named = {t.name: t.marker.color or t.line.color for t in fig.data if t.name and t.showlegend is not False}
+    traces = [t for t in fig.data if t.type != "heatmap"]
+    named = {t.name: t.marker.color or t.line.color for t in traces if t.name and t.showlegend is not False}
     if len(named) < 2:
         return "", 0
     out, x, row = [], 14.0, 0
