@@ -117,8 +117,9 @@ def table(found: Sequence[Damage]) -> Table:
     return Table(tuple(head), tuple(rows), "every linear layer rounded to nearest; KL in nats per token: measured")
 
 
-def scatter(found: Sequence[Damage]) -> go.Figure:
-    """KL against true bits, a dot for each format and text; named once, at the first text."""
+def scatter(found: Sequence[Damage], most: float = 6.0) -> go.Figure:
+    """KL against true bits, up to ``most``: a dot for each format and text, named once, at the first text."""
+    found = [d for d in found if d.bits <= most]
     data = []
     for i, (text, color) in enumerate(zip(found[0].kl, theme.SERIES)):
         data.append(
@@ -138,9 +139,9 @@ def scatter(found: Sequence[Damage]) -> go.Figure:
     return go.Figure(
         data,
         layout(
-            "Every format on the whole model (measured)",
+            f"Formats of up to {most:g} bits on the whole model (measured)",
             420,
             xaxis=axis("bits per weight, metadata included"),
-            yaxis=axis("KL, nats per token", True),
+            yaxis=axis("KL, nats per token", rangemode="tozero"),
         ),
     )

@@ -40,6 +40,7 @@ FOUR_BITS: dict[str, Format] = {
     "nvfp4": NVFP4(),
     "nf4": NF4(),
 }
+OTHERS = {name: FOUR_BITS[name] for name in ("fp4", "mxfp4", "nvfp4", "nf4")}
 EIGHT_BITS: dict[str, Format] = {
     "int8": Integer(8, None, symmetric=True),
     "fp8 e4m3": Float8("e4m3"),
@@ -80,16 +81,20 @@ class Rounding:
         self.errors = functools.lru_cache(256)(self._errors)
         self.bits = functools.lru_cache(256)(self._bits)
 
+    @property
+    def blocks(self) -> int:
+        return len(self._blocks)
+
     def weight(self, block: int, kind: str) -> torch.Tensor:
-        """A layer's weight, fp32 (out, in)."""
-        return weight_of(self._blocks[block][kind]).detach().float()
+        """A layer's weight, fp32 (out, in), on the CPU."""
+        return weight_of(self._blocks[block][kind]).detach().float().cpu()
 
     def group(self, block: int, kind: str, row: int, column: int, form: Format) -> torch.Tensor:
         """The weights of the group that holds a place, (size,)."""
         weight = self.weight(block, kind)
         size = form.size(weight.shape[1])
         first = column // size * size
-        return weight[row, first : first + size]
+        return weight[row, first : first + size].contiguous()
 
     def error(self, form: Format) -> float:
         """‖w - ŵ‖ / ‖w‖ over all linear layers together (``ROWS`` rows of each)."""
@@ -261,24 +266,28 @@ def combs(forms: Mapping[str, Format], group: torch.Tensor | None = None, title:
     """Every value of each format as a tooth of a comb, all on one axis.
 
     Without ``group``: the value tables, scaled to the same largest value. With it, (size,): each format fitted to these
-    weights, which are drawn as dots under it.
+    weights, or to as many of them as it keeps in a group; they are drawn as dots under it.
     """
     data, notes = [], []
+    reach = 1.0 if group is None else 1.3 * float(group.abs().max())
     for i, ((name, form), color) in enumerate(zip(forms.items(), theme.SERIES * 3)):
         y = len(forms) - 1 - i
         if group is None:
             values = levels(form)
         else:
-            values = grid(form, form.fit(form.groups(group[None])), 0, 0)
-            data.append(_dots(group, y - 0.12, color))
+            groups = form.groups(group[None])
+            values = grid(form, form.fit(groups), 0, 0)
+            data.append(_dots(groups[0, 0], y - 0.12, color))
         data.append(_comb(values, y, 0.55, color, name))
-        notes.append(_name(name, y + 0.6))
+        notes.append(_name(name, y + 0.25))
     return go.Figure(
-        data,
+        [t.update(showlegend=False) for t in data],
         layout(
             title or "The values of each format" + ("" if group is None else ", fitted to one group of weights"),
             60 + 56 * len(forms),
-            xaxis=axis("value, as a share of the largest" if group is None else "weight", zeroline=True),
+            xaxis=axis(
+                "value, as a share of the largest" if group is None else "weight", range=[-1.3 * reach, 1.04 * reach]
+            ),
             yaxis=axis(range=[-0.3, len(forms) - 0.05], showticklabels=False, showgrid=False, zeroline=False),
             annotations=notes,
             showlegend=False,
@@ -289,18 +298,20 @@ def combs(forms: Mapping[str, Format], group: torch.Tensor | None = None, title:
 
 def spans(forms: Mapping[str, Format]) -> go.Figure:
     """The positive values of each format on a logarithmic axis: where the largest is 1, how far down do they reach?"""
-    data, notes = [], []
+    data, notes, low = [], [], 0.0
     for i, ((name, form), color) in enumerate(zip(forms.items(), theme.SERIES * 3)):
         y = len(forms) - 1 - i
         values = levels(form)
-        data.append(_comb(values[values > 0].log2(), y, 0.55, color, name))
-        notes.append(_name(name, y + 0.6))
+        logs = values[values > 0].log2()
+        low = min(low, float(logs[0]))
+        data.append(_comb(logs, y, 0.55, color, name))
+        notes.append(_name(name, y + 0.25))
     return go.Figure(
-        data,
+        [t.update(showlegend=False) for t in data],
         layout(
             "Positive values, in powers of two below the largest",
             60 + 56 * len(forms),
-            xaxis=axis("log₂(value / largest value)"),
+            xaxis=axis("log₂(value / largest value)", range=[1.25 * low, -0.02 * low]),
             yaxis=axis(range=[-0.3, len(forms) - 0.05], showticklabels=False, showgrid=False, zeroline=False),
             annotations=notes,
             showlegend=False,
@@ -433,7 +444,7 @@ def _dots(values: torch.Tensor, y: float, color: str, name: str = "") -> go.Scat
 
 
 def _name(text: str, y: float) -> dict:
-    """A comb's name at the left edge, above its first tooth."""
+    """A comb's name at the left edge."""
     place = {"x": 0.0, "xref": "paper", "xanchor": "left", "y": y, "yref": "y", "yanchor": "middle"}
     return place | {"text": text, "showarrow": False, "font": {"size": 12}}
 

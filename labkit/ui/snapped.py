@@ -72,7 +72,7 @@ class Case:
 
     def as_loaded(self, kind: str, block: int) -> torch.Tensor:
         """The same weight as ``labkit.load()`` gives it, un-snapped."""
-        return blocks(self.lm.model)[block].get_submodule(kind).weight
+        return blocks(self.lm.model)[block].get_submodule(kind).weight.float().cpu()
 
     def type_of(self, kind: str, block: int) -> str:
         """GGUF's name for how the file stores a weight: "Q4_1"."""
@@ -118,7 +118,8 @@ class Case:
         for i in range(count):
             block = blocks(mixed.model)[i]
             for kind in NAMES:
-                module, weight = block.get_submodule(kind), self._in_file(kind, i)
+                module = block.get_submodule(kind)
+                weight = self._in_file(kind, i).to(module.weight)
                 if is_linear(module):
                     set_weight(module, weight)
                 else:
@@ -134,7 +135,7 @@ class Case:
         for block in list(blocks(small.model))[:count]:
             for module in block.modules():
                 if is_linear(module):
-                    set_weight(module, rounded(module.weight, SAME_GRID))
+                    set_weight(module, rounded(module.weight.float(), SAME_GRID).to(module.weight.dtype))
         after = quality(small, windows, lm, progress=False)
         return Tried(perplexity(lm, windows), after.perplexity, after.kl)
 
