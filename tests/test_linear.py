@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from labkit.formats import Integer
+from labkit.formats import NVFP4, Integer
 from labkit.linear import PackedLinear, exact, matmulnbits
 from labkit.measure import memory
 
@@ -87,6 +87,16 @@ def test_works_in_bfloat16():
     layer = PackedLinear(Integer(4, 32).encode(torch.randn(16, 64)), dtype=torch.bfloat16)
     assert layer(torch.randn(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert layer.weight.dtype == torch.bfloat16
+
+
+def test_half_changes_what_the_weight_becomes_and_not_what_is_stored():
+    weight = torch.randn(16, 64)
+    layer = PackedLinear(NVFP4().encode(weight), torch.zeros(16))
+    before = layer.weight
+    layer = layer.bfloat16()
+    assert layer.tensor_scale.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, before.bfloat16())
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.cuda

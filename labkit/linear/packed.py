@@ -131,7 +131,13 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.take_back()  # kernels stay on the device they were built for
-        return super()._apply(fn, recurse)
+        # .half() is about what the weight becomes, not about scales: those stay as their format stores them.
+        became = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
+        self.dtype = became.dtype
+        super()._apply(lambda t: fn(t) if t.dtype == fn(t).dtype else t.to(became.device), recurse)
+        if self.bias is not None:
+            self.bias.data = self.bias.data.to(self.dtype)
+        return self
 
     def extra_repr(self) -> str:
         said = ", ".join(f"{name}={value}" for name, value in self.format.items())
