@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from labkit.ui import need, theme
 
 go = need("plotly.graph_objects")
 
-SHADES = 24  # colours of the static twin
+SHADES = 16  # colours of the static twin
 SIGNED = ((0.0, theme.BLUE), (0.5, "#f4f4f4"), (1.0, theme.VERMILION))  # below zero, zero, above
 GROWING = ((0.0, "#f4f4f4"), (0.35, theme.SKY), (0.7, theme.BLUE), (1.0, "#1b1b3a"))
 
@@ -46,21 +47,23 @@ def cells(trace, px, py) -> str:
     paths: dict[int, list[str]] = {}
     for y, row in zip(trace.y, trace.z):
         top, bottom = sorted((py(y - 0.5), py(y + 0.5)))
-        for x, z in zip(trace.x, row):
-            if z is None:
-                continue
-            share = (z - trace.zmin) / ((trace.zmax - trace.zmin) or 1.0)
-            left, right = px(x - 0.5), px(x + 0.5)
-            shade = round(min(max(share, 0.0), 1.0) * (SHADES - 1))
-            box = f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}"
-            paths.setdefault(shade, []).append(box)
+        shades = [None if z is None else _shade((z - trace.zmin) / ((trace.zmax - trace.zmin) or 1.0)) for z in row]
+        for shade, run in itertools.groupby(zip(trace.x, shades), key=lambda pair: pair[1]):
+            xs = [x for x, _ in run]  # neighbours of one shade are one box
+            left, right = px(xs[0] - 0.5), px(xs[-1] + 0.5)
+            if shade is not None:
+                paths.setdefault(shade, []).append(f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}")
     scale = [tuple(c) for c in trace.colorscale]
     return "".join(f"<path fill='{mix(scale, s / (SHADES - 1))}' d='{''.join(d)}'/>" for s, d in sorted(paths.items()))
 
 
+def _shade(share: float) -> int:
+    return round(min(max(share, 0.0), 1.0) * (SHADES - 1))
+
+
 def mix(scale: Sequence[tuple[float, str]], at: float) -> str:
     """The colour at a share of a scale of (share, "#rrggbb")."""
-    for (a, first), (b, last) in zip(scale, scale[1:]):
+    for (a, first), (b, last) in itertools.pairwise(scale):
         if at <= b:
             t = (at - a) / ((b - a) or 1.0)
             parts = (round((1 - t) * int(first[i : i + 2], 16) + t * int(last[i : i + 2], 16)) for i in (1, 3, 5))

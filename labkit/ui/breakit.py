@@ -1,0 +1,198 @@
+"""What each part of a quantizer is worth: leave it out, starve it or mislead it, and measure.
+
+    bench = Damage(lm, blocks=3, windows=8)     # compresses the first 3 blocks alone; blocks=None: the whole model
+    broken = bench.broken(bits=3)               # one Outcome for each switch
+    table(broken, bench.unit); bars(broken, bench.unit, group="parts")
+
+Damage is KL to the uncompressed model in nats per token, on two texts; measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from labkit import text
+from labkit.fold import folds
+from labkit.measure import divergence
+from labkit.method import Method
+from labkit.progress import track
+from labkit.quantize import GPTQ, RTN, SmoothQuant
+from labkit.quantize.awq import head_dim_of
+from labkit.ui import need, theme, words
+from labkit.ui.bottleneck import Table
+from labkit.ui.theme import axis, layout
+from labkit.walk import Flow, blocks
+
+go = need("plotly.graph_objects")
+
+TEXTS = ("manual", "prose")
+OUTLIER = 30.0  # times as large as it was
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting and what it did."""
+
+    group: str  # what was changed: "parts", "calibration", "outlier"
+    name: str
+    damage: dict[str, float]  # text -> KL
+    change: dict[str, float]  # text -> damage over that of the group's first
+
+
+class Damage:
+    """Measures methods on a model; with ``blocks``, the first blocks are compressed and the others stay as they are."""
+
+    def __init__(
+        self,
+        lm,
+        blocks: int | None = None,
+        windows: int = 32,
+        length: int = 512,
+        evaluation: tuple[int, int] = (2, 512),
+    ):
+        self.lm, self.blocks, self.windows, self.length = lm, blocks, windows, length
+        self.texts = {name: text.evaluation(lm, *evaluation, name) for name in TEXTS}
+
+    @property
+    def unit(self) -> str:
+        return "KL, nats per token" + (f", with {self.blocks} blocks compressed" if self.blocks else "")
+
+    def calibration(self, source: str = "mixed", windows: int | None = None) -> torch.Tensor:
+        """Windows of a corpus or a file; "random": tokens drawn evenly from the vocabulary."""
+        windows = windows or self.windows
+        if source == "random":
+            vocabulary = self.lm.model.get_input_embeddings().weight.shape[0]
+            return torch.randint(vocabulary, (windows, self.length), generator=torch.Generator().manual_seed(0))
+        return text.calibration(self.lm, windows, self.length, source=source)
+
+    def of(self, method: Method, calib: torch.Tensor, lm=None) -> dict[str, float]:
+        """text -> KL of the method on a model (``lm`` by default) against that model."""
+        lm = self.lm if lm is None else lm
+        calib = calib if method.calibrated else None
+        small = method(lm, calib, progress=False) if self.blocks is None else start_only(method, lm, calib, self.blocks)
+        return {name: divergence(small, lm, ids).kl for name, ids in self.texts.items()}
+
+    def methods(self, methods: Mapping[str, Method]) -> list[Outcome]:
+        """Each method with the same calibration, against the first."""
+        calib = self.calibration()
+        return self._outcomes("methods", {name: (m, self.lm, calib) for name, m in methods.items()})
+
+    def broken(self, bits: int = 3) -> list[Outcome]:
+        """GPTQ with one part left out, with poor calibration, and methods that meet an outlier."""
+        calib, lm = self.calibration(), self.lm
+        parts = {
+            "GPTQ as the lab runs it": GPTQ(bits=bits),
+            "no compensation": GPTQ(bits=bits, compensate=False),
+            "no act-order": GPTQ(bits=bits, act_order=False),
+            "no scaling": GPTQ(bits=bits, scale=False),
+            "no clipping": GPTQ(bits=bits, clip=False),
+            "none of these: plain rounding": RTN(bits=bits),
+        }
+        fed = {
+            f"{len(calib)} windows, mixed": calib,
+            "4 windows": self.calibration(windows=4),
+            "1 window": self.calibration(windows=1),
+            "Python code alone": self.calibration(argparse.__file__),
+            "random tokens": self.calibration("random"),
+        }
+        odd = with_outlier(lm)
+        met = {}
+        for name, method in {
+            f"RTN, {bits} bits": RTN(bits=bits),
+            f"GPTQ, {bits} bits": GPTQ(bits=bits),
+            "W8A8": SmoothQuant(smooth=False),
+            "SmoothQuant": SmoothQuant(),
+        }.items():
+            met[name] = (method, lm, calib)
+            met[f"{name}, with an outlier"] = (method, odd, calib)
+        whole = next(iter(parts))
+        found = self._outcomes("parts", {name: (m, lm, calib) for name, m in parts.items()})
+        known = {(parts[o.name], id(lm), id(calib)): o.damage for o in found}  # the intact ones are measured once
+        found += self._outcomes("calibration", {name: (parts[whole], lm, c) for name, c in fed.items()}, known)
+        return found + self._outcomes("outlier", met, known)
+
+    def _outcomes(self, group: str, settings: Mapping[str, tuple], known: dict | None = None) -> list[Outcome]:
+        found, base = [], None
+        for name, (method, lm, calib) in track(settings.items(), group, show=False):
+            damage = (known or {}).get((method, id(lm), id(calib)))
+            damage = damage or self.of(method, calib, lm)
+            if base is None or (group == "outlier" and not name.endswith("with an outlier")):
+                base = damage
+            found.append(Outcome(group, name, damage, {t: d / max(base[t], 1e-12) for t, d in damage.items()}))
+        return found
+
+
+def start_only(method: Method, lm, calib, count: int):
+    """``lm`` with the method applied to its first ``count`` blocks. Tensors are shared with ``lm``."""
+    start, whole = lm.copy(), lm.copy()
+    stack = blocks(start.model)
+    if not 1 <= count <= len(stack):
+        raise ValueError(f"blocks = {count} is not allowed: it must be a whole number from 1 to {len(stack)}.")
+    del stack[count:]
+    start.model.config.num_hidden_layers = count
+    done = blocks(method(start, calib, progress=False).model)
+    for index in range(count):
+        blocks(whole.model)[index] = done[index]
+    return whole
+
+
+@torch.no_grad()
+def with_outlier(lm, factor: float = OUTLIER):
+    """The same function with one outlier in each norm's output: the channel with the largest gain, ``factor`` times larger.
+
+    The linears that read it have that column divided by as much, so the model's predictions stay what they were.
+    """
+    odd = lm.copy()
+    stack = blocks(odd.model)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    flow = Flow(odd.model, stack, torch.arange(32, device=lm.device)[None] * 7 % vocabulary)
+    found = folds(stack[0], lambda: flow.run(0, flow.hidden[0]), head_dim_of(lm))
+    for block in stack:
+        for fold in found:
+            source = block.get_submodule(fold.source)
+            if not isinstance(source, nn.Linear):
+                factors = torch.ones_like(source.weight, dtype=torch.float32)
+                factors[(source.weight + fold.offset).abs().argmax()] = 1 / factor
+                fold.apply(block, factors)
+    return odd
+
+
+def table(found: Sequence[Outcome], unit: str) -> Table:
+    """Damage on each text, and as a multiple of the first in its group."""
+    texts = list(found[0].damage)
+    rows = []
+    for o in found:
+        cells = [o.group, o.name, *(words.short(o.damage[t]) for t in texts)]
+        rows.append((*cells, *(words.ratio(o.change[t]) for t in texts)))
+    head = ("group", "setting", *texts, *(f"{t}, first = 1" for t in texts))
+    return Table(head, tuple(rows), f"{unit}: measured")
+
+
+def bars(found: Sequence[Outcome], unit: str, title: str = "", group: str | None = None) -> go.Figure:
+    """One bar for each setting and text, the worst above; all of them or one group's."""
+    shown = [o for o in found if group is None or o.group == group]
+    data = []
+    for name, color in zip(shown[0].damage, theme.SERIES):
+        data.append(
+            go.Bar(
+                name=words.the(name),
+                x=[o.name for o in shown],
+                y=[float(f"{o.damage[name]:.4g}") for o in shown],
+                marker_color=color,
+            )
+        )
+    return go.Figure(
+        data,
+        layout(
+            f"{title or (group or '').capitalize()} (measured)",
+            360,
+            barmode="group",
+            xaxis=axis(),
+            yaxis=axis(unit, True),
+        ),
+    )

@@ -1,0 +1,170 @@
+"""Bits against quality, from the store: every row of a model, KL against bytes that are really held, and the Pareto front.
+
+rows = stored(lm)                          # what the store has of this model, shipped rows included
+explore(lambda text: picture(rows, text), text=["manual", "prose"])
+calibrations(rows, sources(lm))            # the same method, fed differently
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from labkit import text
+from labkit.results import Store
+from labkit.ui import need, theme, words
+from labkit.ui.theme import axis, layout
+
+go = need("plotly.graph_objects")
+
+SOURCES = ("manual", "self", "mixed")
+MARKS = (*theme.SERIES, "#555555", "#f0e442")
+
+
+def stored(lm, store=None, windows: int = 8, length: int = 512) -> list[dict]:
+    """The store's rows of this model on the lab's evaluation texts at this size, the newest of each setting."""
+    from labkit.sweep import text_hashes
+
+    hashes = json.dumps(text_hashes(lm, ("manual", "prose"), windows, length), sort_keys=True)
+    rows = (Store() if store is None else store).rows(model=f"{lm.name}@{lm.fingerprint}", texts=hashes)
+    newest = {(r["method"], r["knobs"], r["calib"]): r for r in rows if r["method"] != "uncompressed"}
+    return list(newest.values())
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (bytes, KL) that no other beats in both, from few bytes to many."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, str]:
+    """KL on one text against the bytes of the linear layers, one colour for each method; and what is on the front."""
+    rows = [r for r in rows if r.get(f"quality.{text}.kl") is not None]
+    if not rows:
+        return _empty("KL against bytes"), _NONE
+    methods = {}
+    for r in rows:
+        methods.setdefault(r["method"], []).append(r)
+    data = []
+    for (name, mine), color in zip(methods.items(), MARKS * 2):
+        data.append(
+            go.Scatter(
+                name=name,
+                x=[r["memory.linears"] / 1e6 for r in mine],
+                y=[float(f"{r[f'quality.{text}.kl']:.4g}") for r in mine],
+                mode="markers",
+                marker={"color": color, "size": 9},
+                hovertext=[_hover(r, text) for r in mine],
+                hoverinfo="text",
+            )
+        )
+    best = front([(r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) for r in rows])
+    data.append(
+        go.Scatter(
+            name="Pareto front",
+            x=[x for x, _ in best],
+            y=[float(f"{y:.4g}") for _, y in best],
+            mode="lines",
+            line={"color": theme.INK, "width": 1.5, "dash": "dot"},
+            hoverinfo="skip",
+        )
+    )
+    figure = go.Figure(
+        data,
+        layout(
+            f"Bits against quality on {words.the(text)} (measured)",
+            460,
+            xaxis=axis("MB that the linear layers hold, metadata included"),
+            yaxis=axis("KL, nats per token", True),
+        ),
+    )
+    on = [r["method"] for x, y in best for r in rows if (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) == (x, y)]
+    counts = [f"{name} {on.count(name)} times" for name in dict.fromkeys(on)]
+    return figure, (
+        f"{len(rows)} settings on {words.the(text)}. On the front, where no other is both smaller and better: "
+        f"{words.listed(counts)}."
+    )
+
+
+def sources(lm, windows: int = 32, length: int = 512, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, str]:
+    """The hash of a calibration -> the text it was drawn from."""
+    return {
+        text.fingerprint(text.calibration(lm, windows, length, seed, source)): source
+        for source in SOURCES
+        for seed in seeds
+    }
+
+
+def calibrations(rows: Sequence[Mapping], known: Mapping[str, str], method: str = "GPTQ") -> tuple[go.Figure, str]:
+    """The same settings of a method with each calibration text: KL on both evaluation texts, means over draws."""
+    settings: dict[str, dict[str, list]] = {}
+    for r in rows:
+        if r["method"] == method and r["calib"] in known:
+            settings.setdefault(r["repr"], {}).setdefault(known[r["calib"]], []).append(r)
+    settings = {name: by for name, by in settings.items() if len(by) > 1}
+    if not settings:
+        return _empty("Calibration text"), _NONE
+    name = max(
+        settings, key=lambda n: (sum(map(len, settings[n].values())), -json.loads(_one(settings[n])["knobs"])["bits"])
+    )
+    by = settings[name]
+    data = []
+    for which, color in zip(("manual", "prose"), theme.SERIES):
+        values = {s: [r[f"quality.{which}.kl"] for r in by[s]] for s in SOURCES if s in by}
+        means = [sum(v) / len(v) for v in values.values()]
+        band = [(max(v) - min(v)) / 2 for v in values.values()]
+        data.append(
+            go.Bar(
+                name=f"KL on {words.the(which)}",
+                x=[f"calibrated on {s}" for s in values],
+                y=[float(f"{m:.4g}") for m in means],
+                error_y={"type": "data", "array": band} if any(band) else None,
+                marker_color=color,
+            )
+        )
+    figure = go.Figure(
+        data,
+        layout(
+            f"{name} (measured)",
+            340,
+            barmode="group",
+            xaxis=axis(),
+            yaxis=axis("KL, nats per token", rangemode="tozero"),
+        ),
+    )
+    draws = max(len(v) for v in by.values())
+    spread = f" Bands: half the range over {draws} draws." if draws > 1 else ""
+    return figure, f"{name}, calibrated on {words.listed([s for s in SOURCES if s in by])}.{spread}"
+
+
+_NONE = (
+    "The store has no such rows for this model yet: labkit reproduce (or labkit sweep) measures them, and this view "
+    "draws whatever is there."
+)
+
+
+def _one(by: Mapping[str, list]) -> Mapping:
+    return next(iter(by.values()))[0]
+
+
+def _hover(row: Mapping, which: str) -> str:
+    return (
+        f"{row['repr']}<br>{row['memory.bits_per_weight']:.2f} bits per weight, "
+        f"KL {row[f'quality.{which}.kl']:.4f} ± {row.get(f'quality.{which}.kl_se') or 0:.4f}"
+    )
+
+
+def _empty(title: str) -> go.Figure:
+    note = {
+        "x": 0.5,
+        "y": 0.5,
+        "xref": "paper",
+        "yref": "paper",
+        "text": "nothing in the store yet",
+        "showarrow": False,
+    }
+    note |= {"font": {"size": 13}}
+    return go.Figure([], layout(title, 200, xaxis=axis(), yaxis=axis(), annotations=[note]))

@@ -1,0 +1,65 @@
+"""int8 times int8 against fp32, timed in turns: one layer at several token counts, and the prefill of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from labkit.linear import W8A8Linear
+from labkit.measure import timing
+from labkit.measure.latency import prefill_run
+from labkit.ui import words
+from labkit.ui.bottleneck import Table
+from labkit.walk import blocks, weight_of
+
+
+def layer(
+    lm, kind: str = "mlp.up_proj", block: int = 0, tokens: Sequence[int] = (1, 32, 512), rounds: int = 7
+) -> Table:
+    """A layer's fp32 product beside its int8 product, activations rounded on the way; the least error is in the views."""
+    weight = weight_of(blocks(lm.model)[block].get_submodule(kind)).detach().float()
+    draw = torch.Generator().manual_seed(0)
+    packed, rows = W8A8Linear(weight), []
+    for count in tokens:
+        x = torch.randn(count, weight.shape[1], generator=draw)
+        runs = {
+            "fp32": _ready(lambda x: nn.functional.linear(x, weight), x),
+            "int8": _ready(packed, x),
+        }
+        found = timing.compare(runs, rounds=rounds, warmup=2)
+        cells = [f"{1e6 * found.timings[name].median:,.0f}" for name in runs]
+        rows.append((f"{count}", *cells, _speed(found, "int8")))
+    head = ("tokens", "fp32, µs", "int8 × int8, µs", "speed, fp32 = 1")
+    return Table(head, tuple(rows), f"{kind}, {weight.shape[0]} × {weight.shape[1]}: medians, measured in turns")
+
+
+def prefill(models: dict, tokens: int = 512, rounds: int = 3) -> Table:
+    """Whole models reading a prompt, in turns; the first is the baseline."""
+    found = timing.compare({name: prefill_run(lm, tokens) for name, lm in models.items()}, rounds=rounds, warmup=1)
+    first = next(iter(models))
+    rows = []
+    for name in models:
+        ms = 1e3 * found.timings[name].median
+        rows.append(
+            (name, words.short(ms), words.short(1e3 * tokens / ms), "1" if name == first else _speed(found, name))
+        )
+    return Table(
+        ("model", "ms", "tokens/s", f"speed, {first} = 1"),
+        tuple(rows),
+        f"prefill of {tokens} tokens: measured in turns",
+    )
+
+
+def _ready(product, x: torch.Tensor):
+    @torch.inference_mode()
+    def run():
+        product(x)
+
+    return run
+
+
+def _speed(found, name: str) -> str:
+    low, high = found.spread[name]
+    return f"{words.ratio(found.ratio[name])} ({low:.2f} to {high:.2f})"
