@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 from labkit.formats import FP4, MXFP4, MXFP8, NF4, NVFP4, Affine, Float8, Format, Integer
+from labkit.linear import exact
 from labkit.measure import divergence
 from labkit.progress import track
 from labkit.quantize.common import rounded
 from labkit.ui import need, theme, words
 from labkit.ui.bottleneck import Table
 from labkit.ui.theme import axis, layout
-from labkit.walk import walk
+from labkit.walk import blocks, linears, set_weight, weight_of
 
 go = need("plotly.graph_objects")
 
@@ -50,44 +52,49 @@ class Damage:
     top1: dict[str, float]
 
 
-def remembering(lm):
-    """A copy of ``lm`` that computes its logits once for each window: every format is held against the same ones."""
-    reference, known = lm.copy(), {}
-    forward = reference.model.forward
+def remembering(lm, windows: torch.Tensor, form: Format | None = None):
+    """A copy of ``lm`` that has computed its logits on these windows (windows, length), all at once, and hands them out.
 
-    def once(ids):
-        key = tuple(ids.flatten().tolist())
-        if key not in known:
-            known[key] = forward(ids)
-        return known[key]
+    With ``form`` it is the model that ``RTN`` would make: each block's linears are rounded just before the block runs and
+    let go right after, so that a second set of weights is never held.
+    """
+    reader = lm.copy()
+    hooks = [hook for block in blocks(reader.model) for hook in _rounded_while_it_runs(block, form)] if form else []
+    with exact(), torch.inference_mode():
+        logits = reader.model(windows.to(lm.device), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    known = {tuple(ids.tolist()): row[None] for ids, row in zip(windows, logits)}
+    reader.model.forward = lambda ids: SimpleNamespace(logits=known[tuple(ids.flatten().tolist())])
+    return reader
 
-    reference.model.forward = once
-    return reference
 
+def _rounded_while_it_runs(block: torch.nn.Module, form: Format) -> tuple:
+    """Hooks that put rounded weights into a block and take them out again."""
+    own = {module: module.weight for _, module in linears(block)}
 
-def as_rounded(lm, form: Format):
-    """``lm`` with every linear layer's weight replaced by what the format gives back: what RTN computes with, unpacked once."""
-    small = lm.copy()
-    walk(
-        small,
-        None,
-        "none",
-        lambda weight, stats, path: rounded(weight.float(), form).to(weight.dtype),
-        "rounding",
-        False,
-    )
-    return small
+    def before(*_):
+        for module in own:
+            set_weight(module, rounded(weight_of(module).float(), form))
+
+    def after(*_):
+        for module, weight in own.items():
+            module.weight = weight
+
+    return block.register_forward_pre_hook(before), block.register_forward_hook(after)
 
 
 def damage(lm, forms: Mapping[str, Format], texts: Mapping[str, torch.Tensor], rounding) -> list[Damage]:
     """KL and top-1 agreement of each format on each text's windows (windows, length), against ``lm``; measured.
 
-    ``rounding``: the :class:`labkit.ui.rounding.Rounding` of the same model, which knows true bits and errors.
+    All texts' windows have the same length. ``rounding``: the :class:`labkit.ui.rounding.Rounding` of the same model,
+    which knows true bits and errors.
     """
-    reference, found = remembering(lm), []
+    windows = torch.cat(list(texts.values()))
+    reference, found = remembering(lm, windows), []
     for name, form in track(forms.items(), "formats", show=False):
-        small = as_rounded(lm, form)
-        d = {text: divergence(small, reference, windows) for text, windows in texts.items()}
+        small = remembering(lm, windows, form)
+        d = {text: divergence(small, reference, ids) for text, ids in texts.items()}
         del small  # before the next one is made
         found.append(
             Damage(

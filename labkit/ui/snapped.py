@@ -24,6 +24,7 @@ from labkit.measure.quality import perplexity, quality
 from labkit.quantize.common import rounded
 from labkit.ui import plots, words
 from labkit.ui.bottleneck import Table
+from labkit.ui.damage import remembering
 from labkit.walk import blocks, is_linear, set_weight
 
 NAMES = {  # as transformers calls them: as GGUF does
@@ -48,7 +49,7 @@ class Case:
             raise ValueError(f"{lm!r} did not come from the embedded file: Case takes labkit.load() as it is.")
         self.lm = lm
         self.kinds = tuple(k for k in NAMES if "proj" in k)
-        self.in_file = functools.lru_cache(64)(self._in_file)
+        self.in_file = functools.lru_cache(8)(self._in_file)
 
     @functools.cached_property
     def _tensors(self) -> dict:
@@ -136,8 +137,9 @@ class Case:
             for module in block.modules():
                 if is_linear(module):
                     set_weight(module, rounded(module.weight.float(), SAME_GRID).to(module.weight.dtype))
-        after = quality(small, windows, lm, progress=False)
-        return Tried(perplexity(lm, windows), after.perplexity, after.kl)
+        reference = remembering(lm, windows)
+        after = quality(small, windows, reference, progress=False)
+        return Tried(perplexity(reference, windows), after.perplexity, after.kl)
 
 
 @dataclass(frozen=True)
