@@ -21,13 +21,14 @@ from labkit.ui.theme import axis, layout
 go = need("plotly.graph_objects")
 
 GROUP = 64
+WINDOWS = 4  # calibration windows that a search looks at, as many as AWQ's own
 
 
 class Curves:
     """The searches of :func:`labkit.quantize.awq.best_factors`, for every fold of a block, on an uncompressed model."""
 
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, windows: int = WINDOWS):
+        self.inputs, self.windows = inputs, windows
         self.search = functools.lru_cache(128)(self._search)
 
     def settings(self) -> dict:
@@ -41,7 +42,7 @@ class Curves:
         form, module = Integer(bits, GROUP), self.inputs.stack[block]
         with self.inputs.lock:
             return {
-                ", ".join(fold.readers): best_factors(module, fold, lambda: self.inputs.run(block), form)
+                ", ".join(fold.readers): best_factors(module, fold, lambda: self.inputs.run(block, self.windows), form)
                 for fold in self.inputs.folds(block)
             }
 
