@@ -8,7 +8,7 @@ import torch
 import labkit
 from labkit.model import LanguageModel
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 FAMILIES = {
@@ -64,3 +64,13 @@ def tiny_lm() -> LanguageModel:
 @pytest.fixture(scope="session")
 def lm() -> LanguageModel:
     return labkit.load()
+
+
+@pytest.fixture(scope="session")
+def short_lm() -> LanguageModel:
+    """The real model's tokenizer, embedding and first two blocks: real weights and shapes, quickly."""
+    short = labkit.load()  # of its own: a module's fixture may be called lm too
+    short.model.model.layers = short.model.model.layers[:2]
+    short.model.config.num_hidden_layers = 2
+    short.name = "two-blocks"
+    return short

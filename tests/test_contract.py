@@ -17,6 +17,11 @@ METHODS = labkit.methods()
 pytestmark = [pytest.mark.model, pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)]
 
 
+@pytest.fixture(scope="session")
+def lm(short_lm):
+    return short_lm
+
+
 @pytest.fixture(scope="module")
 def calib(lm):
     return labkit.text.calibration(lm, windows=2, length=64, source="manual")
@@ -63,7 +68,7 @@ def test_lossless_end(cls, lm, calib, ids):
     assert labkit.divergence(same, lm, ids).kl <= cls.lossless_kl
 
 
-def test_save_and_load_in_another_process(cls, lm, calib, small, ids, tmp_path):
+def test_save_and_load_in_another_process(cls, small, ids, tmp_path):
     small(cls).save(tmp_path / "model")
     torch.save(ids, tmp_path / "ids.pt")
     code = (
@@ -74,7 +79,7 @@ def test_save_and_load_in_another_process(cls, lm, calib, small, ids, tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     again, nbytes, history = torch.load(tmp_path / "out.pt")
     assert torch.equal(again, logits(small(cls), ids))
-    assert nbytes == cls()(lm, calib, progress=False).nbytes  # before a kernel has been built
+    assert nbytes == small(cls).nbytes  # both have run: where there is a kernel, it has the codes
     assert history == small(cls).history
 
 

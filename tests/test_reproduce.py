@@ -55,7 +55,7 @@ def test_what_ships_fits_the_embedded_model_and_the_texts(lm):
     from labkit import paths
 
     files = {f.stem for f in (paths.data() / "results").glob("*.jsonl")}
-    assert files == set(reproduce.sweeps())
+    assert {"rtn", "rtn-quick"} <= files <= set(reproduce.sweeps())
     store = Store()
     for name in ("rtn", "rtn-quick"):
         sweep = reproduce.sweeps()[name]
