@@ -149,6 +149,6 @@ def scatter(found: Sequence[Damage], most: float = 6.0) -> go.Figure:
             f"Formats of up to {most:g} bits on the whole model (measured)",
             420,
             xaxis=axis("bits per weight, metadata included"),
-            yaxis=axis("KL, nats per token", rangemode="tozero"),
+            yaxis=axis("KL, nats per token", range=[0, 1.1 * max(y for t in data for y in t.y)]),
         ),
     )

@@ -200,7 +200,7 @@ class Rounding:
                 "Rounding error of every layer (measured)",
                 300,
                 xaxis=axis("block"),
-                yaxis=axis("relative RMS error, %", rangemode="tozero"),
+                yaxis=axis("relative RMS error, %", range=[0, 1.1 * max(y for t in data for y in t.y)]),
             ),
         )
 
@@ -329,15 +329,15 @@ def histogram(weight: torch.Tensor, values: torch.Tensor, group: torch.Tensor, t
     outside = 1 - float(counts.sum())
     data = [
         go.Bar(
-            name="weights of the layer",
+            name="layer",
             x=[float(f"{-reach + (i + 0.5) * wide:.5g}") for i in range(80)],
             y=[float(f"{c:.4g}") for c in counts.tolist()],
             marker_color=theme.GREY,
             opacity=0.55,
             hoverinfo="skip",
         ),
-        _comb(values, 0.0, 0.55 * top, theme.BLUE, "values of the group"),
-        _dots(group, -0.06 * top, theme.VERMILION, "weights of the group"),
+        _comb(values, 0.0, 0.55 * top, theme.BLUE, "group's grid"),
+        _dots(group, -0.06 * top, theme.VERMILION, "group's weights"),
     ]
     more = f"; {100 * outside:.2g} % of the weights lie outside" if outside > 5e-5 else ""
     return go.Figure(
@@ -487,4 +487,4 @@ def _groups(form: Format) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %" if share >= 1e-4 else ("0 %" if share == 0 else f"{100 * share:.1e} %")
+    return "0 %" if share == 0 else "under 0.01 %" if share < 1e-4 else f"{100 * share:.3g} %"
