@@ -212,9 +212,9 @@ def test_switches_measure_kl_against_the_models_they_compress(tiny_lm, monkeypat
     assert by["no act-order"].change["prose"] == pytest.approx(truth / found[0].damage["prose"], rel=1e-5)
     assert by["8 windows, mixed"].damage == found[0].damage
     assert by["GPTQ, the lab's, 3 bits"].damage == by["with both: the lab's"].damage
-    assert {o.group for o in found} == {"parts", "calibration", "outlier"} and len(found) == 19
+    assert {o.group for o in found} == {"parts", "calibration", "outlier"} and len(found) == 18
     table = breakit.table(found, bench.unit)
-    assert len(table.rows) == 19 and "KL" in table.caption and "measured" in table.caption
+    assert len(table.rows) == 18 and "KL" in table.caption and "measured" in table.caption
     figure = breakit.bars(found, bench.unit, group="calibration")
     assert len(figure.data) == 2 and list(figure.data[0].x)[-1] == "random tokens"
     methods = bench.methods({"RTN": RTN(bits=4), "AWQ": AWQ(bits=4)})

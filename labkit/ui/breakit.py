@@ -105,7 +105,6 @@ class Damage:
             "no act-order": replace(paper, act_order=False),
             "no compensation: plain rounding": RTN(bits=bits),
             "with clipping": replace(paper, clip=True),
-            "with scaling": replace(paper, scale=True),
             "with both: the lab's": GPTQ(bits=bits),
         }
         fed = {
@@ -115,7 +114,7 @@ class Damage:
             "Python code alone": self.calibration(argparse.__file__),
             "random tokens": self.calibration("random"),
         }
-        odd = with_outlier(lm)
+        odd = with_outlier(lm, count=self.blocks)
         met = {}
         for name, method in {
             f"RTN, {bits} bits": RTN(bits=bits),
@@ -161,17 +160,18 @@ def start_only(method: Method, lm, calib, count: int):
 
 
 @torch.no_grad()
-def with_outlier(lm, factor: float = OUTLIER):
+def with_outlier(lm, factor: float = OUTLIER, count: int | None = None):
     """The same function with one outlier in each norm's output: the channel with the largest gain, ``factor`` times larger.
 
-    The linears that read it have that column divided by as much, so the model's predictions stay what they were.
+    The linears that read it have that column divided by as much, so the model's predictions stay what they were. ``count``:
+    only in the first blocks.
     """
     odd = lm.copy()
     stack = blocks(odd.model)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     flow = Flow(odd.model, stack, torch.arange(32, device=lm.device)[None] * 7 % vocabulary)
     found = folds(stack[0], lambda: flow.run(0, flow.hidden[0]), head_dim_of(lm))
-    for block in stack:
+    for block in stack[:count]:
         for fold in found:
             source = block.get_submodule(fold.source)
             if not isinstance(source, nn.Linear):

@@ -16,8 +16,8 @@ from labkit.walk import Flow, blocks, linears, weight_of
 class Inputs:
     """The inputs of every linear layer for token windows ids (windows, length).
 
-    Only the hidden states between blocks are kept; a layer's input is computed when it is asked for, and the newest ones
-    are remembered. Works on a copy of the modules: searches that swap weights for a moment never touch ``lm``.
+    Only the hidden states between blocks are kept; a layer's input is computed when it is asked for, and those of the
+    newest blocks are remembered. Works on a copy of the modules: searches that swap weights for a moment never touch ``lm``.
     """
 
     @exact()
@@ -32,7 +32,7 @@ class Inputs:
         for index in range(len(self.stack)):
             self._hidden.append(self.flow.hidden)
             self.flow.advance(index)
-        self.of = functools.lru_cache(16)(self._of)
+        self._of = functools.lru_cache(4)(self._read)
         self.folds = functools.lru_cache(64)(self._folds)
 
     def weight(self, block: int, kind: str) -> torch.Tensor:
@@ -46,17 +46,24 @@ class Inputs:
         self.flow.hidden = self._hidden[block]
         return self.flow.run(block, self._hidden[block][0][:windows])
 
-    def _of(self, block: int, kind: str) -> torch.Tensor:
+    def of(self, block: int, kind: str) -> torch.Tensor:
         """The layer's input, fp32 (tokens, in)."""
-        seen = []
+        return self._of(block)[kind]
+
+    def _read(self, block: int) -> dict[str, torch.Tensor]:
+        """The inputs of all linears of a block; those that read the same tensor share it."""
+        seen: dict[str, torch.Tensor] = {}
         with self.lock:
-            module = self.stack[block].get_submodule(kind)
-            handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+            handles = [
+                module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+                for name, module in linears(self.stack[block])
+            ]
             try:
                 self.run(block)
             finally:
-                handle.remove()
-        return seen[0].float().flatten(0, -2)
+                for handle in handles:
+                    handle.remove()
+        return {name: x.float().flatten(0, -2) for name, x in seen.items()}
 
     def _folds(self, block: int) -> list[Fold]:
         """Where factors can be folded in this block."""

@@ -69,6 +69,8 @@ class Outliers:
     @torch.no_grad()
     def _error(self, block: int, kind: str, alpha: float | None, static: bool) -> float:
         """‖W8A8(x) - xWᵀ‖ / ‖xWᵀ‖; ``alpha=None`` is without smoothing, ``static`` takes one fixed scale."""
+        if alpha is not None and self.readers(kind) is None:
+            return self.error(block, kind, None, static)
         x, weight = self.seen.of(block, kind), self.seen.weight(block, kind)
         peak = self.peak(block, kind)
         s = torch.ones_like(peak) if alpha is None else self.factors(block, kind, alpha)
@@ -88,19 +90,19 @@ class Outliers:
     def table(self, alpha: float = 0.5) -> Table:
         """For each place in a block: its outliers, and W8A8's error with a scale per token and with one per layer."""
         rows = []
-        for kind in self._places():
-            found = []
-            for block in range(len(self.seen.stack)):
+        found: dict[str, list] = {kind: [] for kind in self._places()}
+        for block in range(len(self.seen.stack)):
+            for kind, row in found.items():
                 peak = self.peak(block, kind)
                 errors = [self.error(block, kind, a, static) for static in (False, True) for a in (None, alpha)]
-                found.append([float(peak.max() / peak.median().clamp(min=1e-9)), *errors])
-            worst = max(range(len(found)), key=lambda b: found[b][0])
-            middle = torch.tensor(found).median(0).values.tolist()
+                row.append([float(peak.max() / peak.median().clamp(min=1e-9)), *errors])
+        for kind, row in found.items():
+            worst = max(range(len(row)), key=lambda b, row=row: row[b][0])
+            middle = torch.tensor(row).median(0).values.tolist()
             readers = self.readers(kind)
-            smoothed = readers is not None
-            cells = [", ".join(readers or (kind,)), f"{middle[0]:.0f}", f"{found[worst][0]:,.0f} (block {worst})"]
+            cells = [", ".join(readers or (kind,)), f"{middle[0]:.0f}", f"{row[worst][0]:,.0f} (block {worst})"]
             for plain, smooth in (middle[1:3], middle[3:5]):
-                cells += [f"{100 * plain:.2f}", f"{100 * smooth:.2f}" if smoothed else "as it is"]
+                cells += [f"{100 * plain:.2f}", "as it is" if readers is None else f"{100 * smooth:.2f}"]
             rows.append(tuple(cells))
         head = ("input of", "largest channel, median channel = 1", "worst block")
         head += (
