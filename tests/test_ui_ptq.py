@@ -211,12 +211,15 @@ def test_switches_measure_kl_against_the_models_they_compress(tiny_lm, monkeypat
     assert by["no act-order"].damage["prose"] == pytest.approx(truth, rel=1e-5)
     assert by["no act-order"].change["prose"] == pytest.approx(truth / found[0].damage["prose"], rel=1e-5)
     assert by["8 windows, mixed"].damage == found[0].damage
-    assert by["GPTQ, the lab's, 3 bits"].damage == by["with both: the lab's"].damage
+    assert by["GPTQ, 3 bits"].damage == by["with both (the lab's)"].damage
     assert {o.group for o in found} == {"parts", "calibration", "outlier"} and len(found) == 18
     table = breakit.table(found, bench.unit)
     assert len(table.rows) == 18 and "KL" in table.caption and "measured" in table.caption
     figure = breakit.bars(found, bench.unit, group="calibration")
     assert len(figure.data) == 2 and list(figure.data[0].x)[-1] == "random tokens"
+    pairs = breakit.bars(found, bench.unit, group="outlier")
+    assert [len(t.x) for t in pairs.data] == [4] * 4 and pairs.data[3].name == "the prose, with an outlier"
+    assert pairs.data[3].y[3] == pytest.approx(by["SmoothQuant, with an outlier"].damage["prose"], rel=1e-3)
     methods = bench.methods({"RTN": RTN(bits=4), "AWQ": AWQ(bits=4)})
     assert methods[0].change == {"manual": 1.0, "prose": 1.0}
 

@@ -102,7 +102,7 @@ def outlier_input(outliers=None, block: int | None = None, lm=None):
         from labkit.ui.outliers import Outliers
 
         lm = _model(lm)
-        calibration = Inputs(lm, text.calibration(lm, 8, 512))
+        calibration = Inputs(lm, text.calibration(lm, 4, 512))
         outliers = Outliers(calibration, calibration)
     kind = max(outliers.kinds, key=lambda k: outliers.seen.weight(0, k).shape[1])
     if block is None:

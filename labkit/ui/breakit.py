@@ -23,15 +23,16 @@ from labkit.method import Method
 from labkit.progress import track
 from labkit.quantize import GPTQ, RTN, SmoothQuant
 from labkit.quantize.awq import head_dim_of
-from labkit.ui import need, theme, words
+from labkit.ui import need, plots, words
 from labkit.ui.bottleneck import Table
-from labkit.ui.theme import axis, layout
 from labkit.walk import Flow, blocks
 
 go = need("plotly.graph_objects")
 
 TEXTS = ("manual", "prose")
 OUTLIER = 30.0  # times as large as it was
+WITH = ", with an outlier"
+KL = "KL, nats per token"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Damage:
 
     @property
     def unit(self) -> str:
-        return "KL, nats per token" + (f", with {self.blocks} blocks compressed" if self.blocks else "")
+        return KL + (f", with {self.blocks} blocks compressed" if self.blocks else "")
 
     def calibration(self, source: str = "mixed", windows: int | None = None) -> torch.Tensor:
         """Windows of a corpus or a file; "random": tokens drawn evenly from the vocabulary."""
@@ -103,9 +104,9 @@ class Damage:
         parts = {
             "GPTQ, the paper's": paper,
             "no act-order": replace(paper, act_order=False),
-            "no compensation: plain rounding": RTN(bits=bits),
+            "no compensation (RTN)": RTN(bits=bits),
             "with clipping": replace(paper, clip=True),
-            "with both: the lab's": GPTQ(bits=bits),
+            "with both (the lab's)": GPTQ(bits=bits),
         }
         fed = {
             f"{len(calib)} windows, mixed": calib,
@@ -118,12 +119,12 @@ class Damage:
         met = {}
         for name, method in {
             f"RTN, {bits} bits": RTN(bits=bits),
-            f"GPTQ, the lab's, {bits} bits": GPTQ(bits=bits),
+            f"GPTQ, {bits} bits": GPTQ(bits=bits),
             "W8A8": SmoothQuant(smooth=False),
             "SmoothQuant": SmoothQuant(),
         }.items():
             met[name] = (method, lm, calib)
-            met[f"{name}, with an outlier"] = (method, odd, calib)
+            met[name + WITH] = (method, odd, calib)
         found = self._outcomes("parts", {name: (m, lm, calib) for name, m in parts.items()})
         known = {(parts[o.name], id(lm), id(calib)): o.damage for o in found}  # the intact ones are measured once
         found += self._outcomes("calibration", {name: (paper, lm, c) for name, c in fed.items()}, known)
@@ -134,7 +135,7 @@ class Damage:
         for name, (method, lm, calib) in track(settings.items(), group, show=False):
             damage = (known or {}).get((method, id(lm), id(calib)))
             damage = damage or self.of(method, calib, lm)
-            if base is None or (group == "outlier" and not name.endswith("with an outlier")):
+            if base is None or (group == "outlier" and not name.endswith(WITH)):
                 base = damage
             found.append(Outcome(group, name, damage, {t: d / max(base[t], 1e-12) for t, d in damage.items()}))
         return found
@@ -192,26 +193,13 @@ def table(found: Sequence[Outcome], unit: str) -> Table:
     return Table(head, tuple(rows), f"{unit}: measured")
 
 
-def bars(found: Sequence[Outcome], unit: str, title: str = "", group: str | None = None) -> go.Figure:
-    """One bar for each setting and text, the worst above; all of them or one group's."""
-    shown = [o for o in found if group is None or o.group == group]
-    data = []
-    for name, color in zip(shown[0].damage, theme.SERIES):
-        data.append(
-            go.Bar(
-                name=words.the(name),
-                x=[o.name for o in shown],
-                y=[float(f"{o.damage[name]:.4g}") for o in shown],
-                marker_color=color,
-            )
-        )
-    return go.Figure(
-        data,
-        layout(
-            f"{title or (group or '').capitalize()} (measured)",
-            360,
-            barmode="group",
-            xaxis=axis(),
-            yaxis=axis(unit, True),
-        ),
-    )
+def bars(found: Sequence[Outcome], unit: str, group: str) -> go.Figure:
+    """One group's settings as bars, one for each text; the outlier group has its pairs side by side."""
+    shown, what = [o for o in found if o.group == group], WITH if group == "outlier" else ""
+    series: dict[str, dict[str, float]] = {}
+    for o in shown:
+        for name, damage in o.damage.items():
+            label = f"{words.the(name)}{what}" if what and o.name.endswith(what) else words.the(name)
+            series.setdefault(label, {})[o.name.removesuffix(what)] = float(f"{damage:.4g}")
+    title = f"{group.capitalize()}{unit.removeprefix(KL)} (measured)"
+    return plots.bars(series, KL, title, log=group == "outlier", height=340)
