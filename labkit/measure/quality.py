@@ -16,6 +16,10 @@ from labkit.linear import exact
 from labkit.measure.measurement import Quality
 from labkit.progress import track
 
+ROWS = (
+    64  # tokens whose distributions over the vocabulary are worked on at a time: a window's would take hundreds of MB
+)
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -47,27 +51,42 @@ def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, wh
         text.check_windows(reference, windows)
     nll, kl, same = [], [], []
     for ids in track(windows, what, progress):
-        ids = ids[None].to(lm.device)
-        mine = lm.model(ids).logits[0, :-1].float().log_softmax(-1)
-        if mine.isnan().any():
-            raise ValueError(f"{lm.name} predicts NaN: check its weights.")
-        nll.append(-mine.gather(1, ids[0, 1:, None]).mean())
+        ids = ids[None]
+        mine = lm.model(ids.to(lm.device)).logits[0, :-1]
+        theirs = None
         if reference is not None:
-            theirs = reference.model(ids.to(reference.device)).logits[0, :-1].float().log_softmax(-1).to(mine.device)
+            theirs = reference.model(ids.to(reference.device)).logits[0, :-1].to(mine.device)
             if theirs.shape != mine.shape:
                 sizes = f"{theirs.shape[-1]} and {mine.shape[-1]}"
                 raise ValueError(f"Two models with vocabularies of {sizes} tokens cannot be compared.")
-            if theirs.isnan().any():
-                raise ValueError(f"{reference.name}, which is compared with, predicts NaN: check its weights.")
-            same.append((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
-            kl.append((theirs.exp() * (theirs - mine)).sum(-1).mean().clamp(min=0))
+        sums = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(mine), ROWS):
+            rows = slice(start, start + ROWS)
+            sums += _scores(mine[rows], ids[0, 1:][rows].to(mine.device), None if theirs is None else theirs[rows])
+        if sums.isnan().any():
+            broken = lm if sums[0].isnan() else reference
+            raise ValueError(f"{broken.name} predicts NaN: check its weights.")
+        for found, total in zip((nll, kl, same), sums / len(mine)):
+            found.append(total)
     mean, error = _band(nll)
     ppl = torch.tensor(mean).exp().item()
     found = Quality(ppl, ppl * error, windows.shape[0] * (windows.shape[1] - 1))
     if reference is None:
         return found
-    (kl_mean, kl_se), (top1, top1_se) = _band(kl), _band(same)
+    (kl_mean, kl_se), (top1, top1_se) = _band([k.clamp(min=0) for k in kl]), _band(same)
     return Quality(found.perplexity, found.perplexity_se, found.tokens, kl_mean, kl_se, top1, top1_se)
+
+
+def _scores(mine: torch.Tensor, next_ids: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
+    """Sums over some tokens of (nll, KL, agreement), from logits (tokens, vocabulary); the last two 0 without theirs."""
+    mine = mine.float().log_softmax(-1)
+    nll = -mine.gather(1, next_ids[:, None]).sum()
+    if theirs is None:
+        return torch.tensor([nll.item(), 0.0, 0.0], dtype=torch.float64)
+    theirs = theirs.float().log_softmax(-1)
+    kl = (theirs.exp() * (theirs - mine)).sum(-1).sum()
+    same = (mine.argmax(-1) == theirs.argmax(-1)).sum()
+    return torch.tensor([nll.item(), kl.item(), same.item()], dtype=torch.float64)
 
 
 def _band(values: list[torch.Tensor]) -> tuple[float, float]:
