@@ -158,7 +158,7 @@ def latency(baseline, current=None) -> go.Figure:
     ways = [way for way in WAYS if any(m and getattr(m, way) for m, _, _ in shown)]
     data, notes, tops = [], [], []
     for which, suffix in (("prefill", ""), ("decode", "2")):
-        label = {way: WAYS[way] if len(ways) > 1 else which for way in ways}
+        label = {way: WAYS[way].removeprefix("one ") if len(ways) > 1 else which for way in ways}  # room for it
         tallest = {}
         for m, name, color in shown:
             times = {way: getattr(m, way) for way in ways if m}

@@ -82,6 +82,8 @@ def describe(method) -> str:
             parts.append(knob.none)
         elif isinstance(setting, bool):
             parts += [label] if setting else []
+        elif name == "format":
+            parts += [] if setting == knob.default else [f"format {setting}"]
         elif name in PHRASES:
             parts.append(PHRASES[name].format(setting))
         else:
