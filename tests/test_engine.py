@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 from torch import nn
 
 import labkit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import tiny
+from tiny_models import tiny
 
 import labkit
 from labkit import reproduce
