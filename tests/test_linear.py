@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from labkit.formats import NVFP4, Integer
-from labkit.linear import PackedLinear, exact, matmulnbits
+from labkit.linear import PackedLinear, exact, matmulnbits, tinygemm
 from labkit.measure import memory
 
 
@@ -99,11 +99,20 @@ def test_half_changes_what_the_weight_becomes_and_not_what_is_stored():
     assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_the_8_bit_kernel_of_torch_computes_what_its_codes_say():
+    """torch has the same operator for CPUs, so that its call, if not its GPU kernel, can be checked here."""
+    q = Integer(8, None, symmetric=True).encode(torch.randn(64, 576))
+    x = torch.randn(5, 576)
+    truth = x.double() @ q.decode().double().T
+    assert (tinygemm.Kernel(q)(x).double() - truth).norm() / truth.norm() < 2e-2
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_tinygemm_against_float64():
+@pytest.mark.parametrize("form", [Integer(4, 64), Integer(8, None, symmetric=True)])
+def test_tinygemm_against_float64(form):
     weight = torch.randn(64, 576)
-    q = Integer(4, 64).encode(weight)
+    q = form.encode(weight)
     layer = PackedLinear(q).cuda()
     x = torch.randn(5, 576)
     truth = x.double() @ q.decode().double().T

@@ -1,8 +1,9 @@
-"""torch's own int4 kernel for NVIDIA GPUs ("tinygemm"): 4-bit weights, bf16 activations.
+"""torch's own kernels for NVIDIA GPUs: 4-bit weights in groups ("tinygemm") or 8-bit ones per row, bf16 activations.
 
-*Unverified*: written after torch's sources and run through its shape checks, but nobody has run it on a GPU yet.
+*Unverified*: written after torch's sources, but nobody has run it on a GPU yet.
 
-    weight = (code - 8) * scale + shift,  scale and shift in bf16, (groups, out, 2)
+    4 bits: weight = (code - 8) * scale + shift, with scale and shift in bf16, (groups, out, 2)
+    8 bits: weight = (code - 128) * scale, with scale in bf16, (out,)
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ GROUPS = (32, 64, 128, 256)
 
 
 def takes(weight, device: torch.device) -> bool:
-    """True for 4-bit integers in groups the kernel knows, on a GPU of the Ampere generation or newer."""
-    if not isinstance(weight, Quantized) or weight.bits != 4 or device.type != "cuda":
+    """True for 4-bit integers in groups the kernel knows, and 8-bit ones per row, on an Ampere GPU or a newer one."""
+    if not isinstance(weight, Quantized) or device.type != "cuda" or weight.packed.shape[0] % 8:
         return False
-    fits = weight.group_size in GROUPS and weight.columns % weight.group_size == 0 and weight.packed.shape[0] % 8 == 0
+    if weight.bits == 4:
+        fits = weight.group_size in GROUPS and weight.columns % weight.group_size == 0
+    else:
+        fits = weight.bits == 8 and weight.zero is None and weight.group_size == weight.columns
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -26,19 +30,24 @@ class Kernel:
     """One matrix, ready to multiply: ``kernel(x)`` for x (rows, in) gives (rows, out), computed in bf16."""
 
     def __init__(self, weight: Quantized):
-        tiles = next(t for t in (8, 4, 2) if weight.columns % (16 * t) == 0)
-        codes = weight.codes()
-        pairs = (codes[:, ::2] << 4) | codes[:, 1::2]  # this kernel wants the first code in the high half
-        self.packed = torch._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-        scale = weight.scale.float()
-        shift = (8 - weight.zeros().float()) * scale
-        self.scale_and_shift = torch.stack([scale.T, shift.T], -1).to(torch.bfloat16).contiguous()  # (groups, out, 2)
-        self.group_size = weight.group_size
-        self.nbytes = sum(t.numel() * t.element_size() for t in (self.packed, self.scale_and_shift))
+        codes, scale = weight.codes(), weight.scale.float()
+        self.bits, self.group_size = weight.bits, weight.group_size
+        if self.bits == 8:
+            self.packed = (codes.int() - 128).to(torch.int8).contiguous()
+            self.scale = scale[:, 0].to(torch.bfloat16).contiguous()
+        else:
+            tiles = next(t for t in (8, 4, 2) if weight.columns % (16 * t) == 0)
+            pairs = (codes[:, ::2] << 4) | codes[:, 1::2]  # this kernel wants the first code in the high half
+            self.packed = torch._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+            shift = (8 - weight.zeros().float()) * scale
+            self.scale = torch.stack([scale.T, shift.T], -1).to(torch.bfloat16).contiguous()  # (groups, out, 2)
+        self.nbytes = sum(t.numel() * t.element_size() for t in (self.packed, self.scale))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.bfloat16).contiguous()
-        return torch._weight_int4pack_mm(x, self.packed, self.group_size, self.scale_and_shift)
+        if self.bits == 8:
+            return torch._weight_int8pack_mm(x, self.packed, self.scale)
+        return torch._weight_int4pack_mm(x, self.packed, self.group_size, self.scale)
 
     def __deepcopy__(self, memo) -> Kernel:
         return self  # it never changes

@@ -10,6 +10,7 @@ import torch
 
 from labkit.measure import timing
 from labkit.measure.measurement import Latency
+from labkit.walk import blocks, linears
 
 
 def latency(
@@ -31,6 +32,8 @@ def latency(
     prefill = timing.compare(prefills, rounds=max(2, rounds - 2))
     decode = timing.compare(decodes, rounds=rounds)
 
+    layers = gemv(lm)
+
     def made(name: str) -> Latency:
         paired = name != prefill.baseline  # the uncompressed model, timed eagerly, comes first
         p, d = prefill.timings[name], decode.timings[name]
@@ -43,9 +46,30 @@ def latency(
             threads=torch.get_num_threads(),
             prefill_ratio=prefill.ratio[name] if paired else None,
             decode_ratio=decode.ratio[name] if paired else None,
+            gemv_us={} if name == "engine" else layers,
         )
 
     return made("this"), made("engine") if engine is not None else None
+
+
+@torch.inference_mode()
+def gemv(lm) -> dict[str, float]:
+    """Microseconds of each kind of linear for one token, as decoding meets it: every block's in turn. Name -> median."""
+    stack = blocks(lm.model)
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    found = {}
+    for name, first in linears(stack[0]):
+        layers = [block.get_submodule(name) for block in stack]
+        columns = first.weight.shape[0] if hasattr(first, "nf") else first.in_features  # GPT-2's weights are (in, out)
+        x = torch.randn(1, 1, columns, dtype=dtype, device=lm.device)
+
+        def run(layers=layers, x=x):
+            for layer in layers:
+                layer(x)
+
+        timed = timing.time_one(run, repeats=5, warmup=1, min_seconds=0.05, device=str(lm.device))
+        found[name] = 1e6 * timed.median / len(layers)
+    return found
 
 
 def _prompt(lm, tokens: int) -> torch.Tensor:

@@ -43,6 +43,7 @@ class Latency:
     threads: int
     prefill_ratio: float | None = None  # above 1: faster than the uncompressed model
     decode_ratio: float | None = None
+    gemv_us: dict[str, float] = field(default_factory=dict)  # each kind of linear, one token, µs
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Measurement:
             )
             faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the eager baseline's speed)"
             rows.append((f"decode{way}", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
+        if self.latency and self.latency.gemv_us:
+            each = self.latency.gemv_us
+            slowest = max(each, key=each.get)
+            what = f"µs for one token; the slowest is {slowest}: {each[slowest]:.0f}"
+            rows.append(("linears of one block", f"{sum(each.values()):.0f}", what))
         return rows
 
     def __str__(self) -> str:
