@@ -67,6 +67,13 @@ def folds(block: nn.Module, run: Callable[[], torch.Tensor], head_dim: int | Non
     return found
 
 
+def head_dim_of(lm) -> int | None:
+    """Channels of an attention head, for folds between v and o; None where the config does not say."""
+    config = lm.model.config
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+
+
 def _proposals(block: nn.Module, run, head_dim: int | None) -> list[Fold]:
     """Norms whose very output tensor linears read; then, the latest first, linears whose rows fit another's columns."""
     made: dict[int, str] = {}  # id of a tensor -> the module that made it

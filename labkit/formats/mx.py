@@ -17,17 +17,17 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Format, Params
+from labkit.formats.base import Params
 from labkit.formats.minifloat import E2M1, MINIFLOATS, Minifloat
+from labkit.formats.small_floats import SmallFloats
 
 BIAS = 127  # of E8M0; its codes 0 … 254 are 2^-127 … 2^127, and 255 is NaN, which is never written
 
 
-class Microscaling(Format):
+class Microscaling(SmallFloats):
     """What the MX formats share. Subclasses have ``element``, the small float."""
 
     group_size: ClassVar[int] = 32
-    element: Minifloat
 
     @property
     def bits(self) -> int:
@@ -39,19 +39,6 @@ class Microscaling(Format):
         exponent = torch.frexp(high).exponent - 1 - self.element.emax
         exponent = torch.where(high > 0, exponent, -BIAS).clamp(-BIAS, BIAS)
         return (torch.ldexp(torch.ones_like(high), exponent),)
-
-    def quantize(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        return self.element.encode(x / params[0][..., None])
-
-    def dequantize(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
-        return self.element.decode(codes) * params[0][..., None]
-
-    def round(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        scale = params[0][..., None]
-        return self.element.round(x / scale) * scale
-
-    def levels(self) -> torch.Tensor:
-        return self.element.levels()
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
         """``scale``: E8M0 as uint8 (out, groups)."""

@@ -16,17 +16,19 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Format, Params
-from labkit.formats.minifloat import E2M1, E4M3
+from labkit.formats.base import Params
+from labkit.formats.minifloat import E2M1, E4M3, Minifloat
+from labkit.formats.small_floats import SmallFloats
 
 
 @dataclass(frozen=True)
-class NVFP4(Format):
+class NVFP4(SmallFloats):
     """NVFP4: 4.5 bits per weight, and 4 bytes per tensor."""
 
     name: ClassVar[str] = "nvfp4"
     bits: ClassVar[int] = 4
     group_size: ClassVar[int] = 16
+    element: ClassVar[Minifloat] = E2M1
 
     def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0, like: Params | None = None) -> Params:
         """The blocks' scales (out, groups) and the tensor's (), which ``like`` fixes.
@@ -43,18 +45,8 @@ class NVFP4(Format):
         scale = E4M3.round(high / E2M1.largest / tensor_scale)
         return scale.clamp_(min=E4M3.smallest), tensor_scale
 
-    def quantize(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        return E2M1.encode(x / self._step(params))
-
-    def dequantize(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
-        return E2M1.decode(codes) * self._step(params)
-
-    def round(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        step = self._step(params)
-        return E2M1.round(x / step) * step
-
-    def levels(self) -> torch.Tensor:
-        return E2M1.levels()
+    def step(self, params: Params) -> torch.Tensor:
+        return (params[0] * params[1])[..., None]
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
         """``scale``: E4M3 as uint8 (out, groups). ``tensor_scale``: fp32 ()."""
@@ -62,7 +54,3 @@ class NVFP4(Format):
 
     def load(self, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> Params:
         return E4M3.decode(stored["scale"]), stored["tensor_scale"].float()
-
-    @staticmethod
-    def _step(params: Params) -> torch.Tensor:
-        return (params[0] * params[1])[..., None]

@@ -21,11 +21,12 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Format, Params, check_group_size, stored
+from labkit.formats.base import Params, check_group_size, stored
 from labkit.formats.minifloat import MINIFLOATS, Minifloat
+from labkit.formats.small_floats import SmallFloats
 
 
-class ScaledFloat(Format):
+class ScaledFloat(SmallFloats):
     """What FP8, FP6 and FP4 share. Subclasses have the fields ``group_size``, perhaps ``variant`` and ``rows``."""
 
     variant: ClassVar[str] = ""
@@ -57,19 +58,6 @@ class ScaledFloat(Format):
         """The scale of each group: (out, groups, size) -> one tensor (out, groups). All rows of a tile have the same."""
         high = groups.abs().amax(-1) * shrink
         return (self._kept(self._spread(self._tiles(high), len(groups)) / self.element.largest),)
-
-    def quantize(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        return self.element.encode(x / params[0][..., None])
-
-    def dequantize(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
-        return self.element.decode(codes) * params[0][..., None]
-
-    def round(self, x: torch.Tensor, params: Params) -> torch.Tensor:
-        scale = params[0][..., None]
-        return self.element.round(x / scale) * scale
-
-    def levels(self) -> torch.Tensor:
-        return self.element.levels()
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
         """``scale``: (ceil(out / rows), groups), in ``scale_dtype``."""

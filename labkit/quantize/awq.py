@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from labkit.fold import Fold, folds
+from labkit.fold import Fold, folds, head_dim_of
 from labkit.formats import Encoded, Format
 from labkit.method import Method, knob
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of, rounded
@@ -156,10 +156,3 @@ def _common(paths: tuple[str, ...]) -> str:
     first, *rest = (p.split(".") for p in paths)
     shared = [part for i, part in enumerate(first) if all(p[: i + 1] == first[: i + 1] for p in rest)]
     return ".".join(shared)
-
-
-def head_dim_of(lm) -> int | None:
-    """Channels of an attention head, for folds between v and o; None where the config does not say."""
-    config = lm.model.config
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

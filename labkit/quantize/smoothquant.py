@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from labkit.fold import folds
+from labkit.fold import folds, head_dim_of
 from labkit.linear import W8A8Linear
 from labkit.method import Method, knob
-from labkit.quantize.awq import head_dim_of
 from labkit.walk import Flow, Stats, walk, weight_of
 
 

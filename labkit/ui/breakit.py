@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from labkit import text
-from labkit.fold import folds
+from labkit.fold import folds, head_dim_of
 from labkit.linear import exact
 from labkit.method import Method
 from labkit.progress import track
 from labkit.quantize import GPTQ, RTN, SmoothQuant
-from labkit.quantize.awq import head_dim_of
 from labkit.ui import need, plots, words
 from labkit.ui.bottleneck import Table
 from labkit.walk import Flow, blocks

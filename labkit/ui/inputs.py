@@ -7,9 +7,8 @@ import threading
 
 import torch
 
-from labkit.fold import Fold, folds
+from labkit.fold import Fold, folds, head_dim_of
 from labkit.linear import exact
-from labkit.quantize.awq import head_dim_of
 from labkit.walk import Flow, blocks, linears, weight_of
 
 
