@@ -8,7 +8,7 @@ import torch
 from labkit.measure import roofline
 from labkit.progress import listen
 from labkit.quantize import RTN
-from labkit.ui import bottleneck
+from labkit.ui.lessons import bottleneck
 
 ROOF = roofline.Roofline("test", 10e9, {"fp32": 80e9}, "modelled", reads={"a": 10e9}, sizes={"fp32": 1024})
 

@@ -13,7 +13,7 @@ import labkit
 from labkit.check import bottleneck, start
 from labkit.check.answer import Note, exercise, number, some_of, whole
 from labkit.measure import roofline
-from labkit.ui import bottleneck as bench
+from labkit.ui.lessons import bottleneck as bench
 
 # Roofs that were not measured, so that the tests do not depend on this machine: ridge at 8 FLOP per byte.
 ROOF = roofline.Roofline("test", 10e9, {"fp32": 80e9}, "modelled", reads={"a": 10e9}, sizes={"fp32": 1024})

@@ -412,11 +412,11 @@ def test_other_programs_are_what_the_system_counts_less_our_own(monkeypatch):
     monkeypatch.setattr(roofline.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     monkeypatch.setattr(roofline.os, "sysconf", lambda name: 100)
     monkeypatch.setattr(roofline.time, "process_time", lambda: 0.5)
-    assert roofline._others_seconds() == pytest.approx((100 + 20 + 30 + 1 + 2 + 3) / 100 - 0.5)
+    assert roofline.others_seconds() == pytest.approx((100 + 20 + 30 + 1 + 2 + 3) / 100 - 0.5)
     stat = "not what we know"
-    assert roofline._others_seconds() == pytest.approx(-0.5)  # nothing counted: the share is then cut off at 0
+    assert roofline.others_seconds() == pytest.approx(-0.5)  # nothing counted: the share is then cut off at 0
     monkeypatch.setattr(roofline, "Path", lambda path: (_ for _ in ()).throw(OSError))
-    assert roofline._others_seconds() == 0.0
+    assert roofline.others_seconds() == 0.0
 
 
 def test_sizes_grow_until_the_next_one_would_take_too_long(monkeypatch):

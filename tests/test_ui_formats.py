@@ -15,8 +15,9 @@ from labkit.formats import FP4, MXFP4, NF4, NVFP4, Affine, Float8, Integer
 from labkit.linear import exact
 from labkit.measure import memory
 from labkit.quantize import RTN
-from labkit.ui import damage, rounding, snapped, svg
-from labkit.ui.rounding import FOUR_BITS, Point, Rounding, clipped, front, grid, levels
+from labkit.ui import svg
+from labkit.ui.lessons import damage, rounding, snapped
+from labkit.ui.lessons.rounding import FOUR_BITS, Point, Rounding, clipped, front, grid, levels
 
 ALL = {**FOUR_BITS, **rounding.EIGHT_BITS, "int3": Integer(3, 16)}
 

@@ -13,11 +13,12 @@ from labkit.formats import Integer
 from labkit.linear import W8A8Linear
 from labkit.quantize import AWQ, GPTQ, RTN
 from labkit.quantize.gptq import gptq
-from labkit.ui import breakit, front, gptq_stepper, heat, int8, svg
-from labkit.ui.awq_curve import Curves
-from labkit.ui.gptq_stepper import Stepper
-from labkit.ui.inputs import Inputs
-from labkit.ui.outliers import ALPHAS, Outliers
+from labkit.ui import heat, svg
+from labkit.ui.lessons import breakit, front, gptq_stepper, int8
+from labkit.ui.lessons.awq_curve import Curves
+from labkit.ui.lessons.gptq_stepper import Stepper
+from labkit.ui.lessons.inputs import Inputs
+from labkit.ui.lessons.outliers import ALPHAS, Outliers
 from labkit.walk import Stats, blocks
 
 

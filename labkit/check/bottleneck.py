@@ -5,7 +5,7 @@ from __future__ import annotations
 from labkit.check.answer import Note, exercise, hint, near, number, right, some_of, whole
 from labkit.check.start import _model, stored_bits
 from labkit.measure import roofline
-from labkit.ui import bottleneck as bench
+from labkit.ui.lessons import bottleneck as bench
 
 MOST = 100_000  # sequences at once, where the search for a batch size gives up
 

@@ -9,7 +9,7 @@ import torch
 from labkit.check.answer import Note, exercise, hint, near, number, right, some_of, whole
 from labkit.check.start import _model
 from labkit.formats import FP4, MXFP4, NF4, NVFP4, Float8, Integer
-from labkit.ui.rounding import SIZES, Rounding
+from labkit.ui.lessons.rounding import SIZES, Rounding
 
 LARGE = torch.linspace(-1, 1, 512 * 1024).view(512, 1024)  # a matrix so large that the scale per tensor weighs nothing
 

@@ -98,8 +98,8 @@ def outlier_input(outliers=None, block: int | None = None, lm=None):
     """(kind, block, peak): the widest layer's input, in the block whose largest channel stands out most."""
     if outliers is None:
         from labkit import text
-        from labkit.ui.inputs import Inputs
-        from labkit.ui.outliers import Outliers
+        from labkit.ui.lessons.inputs import Inputs
+        from labkit.ui.lessons.outliers import Outliers
 
         lm = _model(lm)
         calibration = Inputs(lm, text.calibration(lm, 4, 512))

@@ -408,21 +408,21 @@ def _measure(device: str, seconds: float, threads: int, progress: bool) -> Roofl
     cuda = device != "cpu"
     products = _cuda_products(device) if cuda else _cpu_products()
     reads, peaks, sizes = {}, {}, {}
-    clock, other = time.perf_counter(), _others_seconds()
+    clock, other = time.perf_counter(), others_seconds()
     for stage in track(["read", *products], f"measuring the roofline of {device}", show=progress):
         if stage == "read":
             reads = _bandwidths(device, seconds)
         elif (best := _best_product(products[stage], device, seconds)) is not None:
             peaks[stage], sizes[stage] = best
     name = torch.cuda.get_device_name(torch.device(device)) if cuda else machine()
-    share = (_others_seconds() - other) / (cores() * (time.perf_counter() - clock))
+    share = (others_seconds() - other) / (cores() * (time.perf_counter() - clock))
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Roofline(
         name, max(reads.values()), peaks, "measured", when, threads, device, reads, sizes, min(max(share, 0.0), 1.0)
     )
 
 
-def _others_seconds() -> float:
+def others_seconds() -> float:
     """CPU seconds that others have used so far on the cores this process may use; 0 where the system does not say.
 
     From Linux's /proc/stat, which counts all programs, the kernel's work and what a hypervisor took; less our own.

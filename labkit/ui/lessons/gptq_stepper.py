@@ -18,7 +18,7 @@ import torch
 from labkit.formats import Integer
 from labkit.quantize.gptq import gptq
 from labkit.ui import heat, need, theme, words
-from labkit.ui.inputs import Inputs
+from labkit.ui.lessons.inputs import Inputs
 from labkit.ui.theme import axis, layout
 from labkit.walk import Stats
 

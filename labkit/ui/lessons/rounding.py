@@ -23,7 +23,7 @@ from labkit.progress import track
 from labkit.quantize import RTN
 from labkit.quantize.common import format_of
 from labkit.ui import need, theme, words
-from labkit.ui.bottleneck import Table
+from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
 from labkit.walk import blocks, is_linear, weight_of
 

@@ -15,7 +15,7 @@ from labkit.formats import Integer
 from labkit.linear import exact
 from labkit.quantize.awq import Search, best_factors
 from labkit.ui import need, theme, words
-from labkit.ui.inputs import Inputs
+from labkit.ui.lessons.inputs import Inputs
 from labkit.ui.theme import axis, layout
 
 go = need("plotly.graph_objects")

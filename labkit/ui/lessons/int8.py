@@ -11,7 +11,7 @@ from labkit.linear import W8A8Linear
 from labkit.measure import timing
 from labkit.measure.latency import prefill_run
 from labkit.ui import words
-from labkit.ui.bottleneck import Table
+from labkit.ui.table import Table
 from labkit.walk import blocks, weight_of
 
 

@@ -23,7 +23,7 @@ from labkit.method import Method
 from labkit.progress import track
 from labkit.quantize import GPTQ, RTN, SmoothQuant
 from labkit.ui import need, plots, words
-from labkit.ui.bottleneck import Table
+from labkit.ui.table import Table
 from labkit.walk import Flow, blocks
 
 go = need("plotly.graph_objects")

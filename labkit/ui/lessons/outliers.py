@@ -20,8 +20,8 @@ from torch import nn
 from labkit.linear import W8A8Linear
 from labkit.quantize.smoothquant import smoothing
 from labkit.ui import heat, need, theme, words
-from labkit.ui.bottleneck import Table
-from labkit.ui.inputs import Inputs
+from labkit.ui.lessons.inputs import Inputs
+from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
 
 go = need("plotly.graph_objects")

@@ -9,7 +9,6 @@ Speeds are measured; the operations and bytes of a pass, and with them its place
 
 from __future__ import annotations
 
-import html
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from labkit.measure import memory, roofline, timing
 from labkit.measure.machine import cores
 from labkit.progress import track
 from labkit.ui import need, plots, words
+from labkit.ui.table import Table
 
 go = need("plotly.graph_objects")
 
@@ -144,11 +144,11 @@ class Bench:
         make = decode_step if phase == "decode" else prefill
         device = next(iter(self.models.values())).device
         tokens = batch * (PROMPT if phase == "prefill" else 1)
-        clock, other = time.perf_counter(), roofline._others_seconds()
+        clock, other = time.perf_counter(), roofline.others_seconds()
         rounds = max(2, min(self.rounds, 512 // tokens))  # a long pass is steadier, and need not be repeated as often
         calls = {name: make(lm, batch) for name, lm in self.models.items()}
         timed = timing.compare(calls, rounds=rounds, warmup=1, device=device, min_seconds=0.1)
-        others = (roofline._others_seconds() - other) / (cores() * (time.perf_counter() - clock))
+        others = (roofline.others_seconds() - other) / (cores() * (time.perf_counter() - clock))
         found = {}
         for name, work in self.works(phase, batch).items():
             seconds, ratio = timed.timings[name].median, timed.ratio[name]
@@ -259,30 +259,6 @@ def sentence(roof, dtype: str, passes: Sequence[Pass]) -> str:
             "roofline.measure(refresh=True) measures it again."
         )
     return text
-
-
-@dataclass(frozen=True)
-class Table:
-    """A small table that prints, and renders in a notebook."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-
-    def __str__(self) -> str:
-        lines = [self.head, *self.rows]
-        widths = [max(len(row[i]) for row in lines) for i in range(len(self.head))]
-        text = [
-            "  ".join([f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:]))]) for row in lines
-        ]
-        return "\n".join([self.caption, *text] if self.caption else text)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in self.head)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
-        return f"<table><caption style='text-align:left'>{html.escape(self.caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def work_of(lm, phase: str, batch: int, tokens: int = PROMPT, shape: roofline.Shape | None = None) -> roofline.Work:

@@ -23,8 +23,8 @@ from labkit.formats import Affine, Format
 from labkit.measure.quality import perplexity, quality
 from labkit.quantize.common import rounded
 from labkit.ui import plots, words
-from labkit.ui.bottleneck import Table
-from labkit.ui.damage import remembering
+from labkit.ui.lessons.damage import remembering
+from labkit.ui.table import Table
 from labkit.walk import blocks, is_linear, set_weight
 
 NAMES = {  # as transformers calls them: as GGUF does

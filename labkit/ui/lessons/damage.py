@@ -18,7 +18,7 @@ from labkit.measure import divergence
 from labkit.progress import track
 from labkit.quantize.common import rounded
 from labkit.ui import need, theme, words
-from labkit.ui.bottleneck import Table
+from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
 from labkit.walk import blocks, linears, set_weight, weight_of
 
@@ -87,7 +87,7 @@ def _rounded_while_it_runs(block: torch.nn.Module, form: Format) -> tuple:
 def damage(lm, forms: Mapping[str, Format], texts: Mapping[str, torch.Tensor], rounding) -> list[Damage]:
     """KL and top-1 agreement of each format on each text's windows (windows, length), against ``lm``; measured.
 
-    All texts' windows have the same length. ``rounding``: the :class:`labkit.ui.rounding.Rounding` of the same model,
+    All texts' windows have the same length. ``rounding``: the :class:`labkit.ui.lessons.rounding.Rounding` of the same model,
     which knows true bits and errors.
     """
     windows = torch.cat(list(texts.values()))

@@ -26,7 +26,7 @@ class Inputs:
         self.stack = blocks(self.lm.model)
         self.lock = threading.RLock()  # a slider's worker and the notebook's own thread may ask at once
         self.kinds = tuple(name for name, _ in linears(self.stack[0]))
-        self.flow = Flow(self.lm.model, self.stack, ids.to(lm.device), batch=len(ids))
+        self.flow = Flow(self.lm.model, self.stack, ids.to(lm.device))
         self._hidden = []
         for index in range(len(self.stack)):
             self._hidden.append(self.flow.hidden)
