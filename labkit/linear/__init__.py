@@ -1,10 +1,12 @@
-"""Linear layers that store packed weights and run on real kernels."""
+"""Linear layers that store packed or sparse weights and run on real kernels."""
 
 from labkit.linear.bnb import BnbLinear
 from labkit.linear.packed import PackedLinear, exact
+from labkit.linear.sparse import SparseLinear
 from labkit.linear.w8a8 import W8A8Linear
 
-STORED = (PackedLinear, W8A8Linear, BnbLinear)  # all of them: each has weight, stored_nbytes, spec and from_spec
+# All of them: each has weight, stored_nbytes, spec and from_spec.
+STORED = (PackedLinear, W8A8Linear, BnbLinear, SparseLinear)
 
 
 def from_spec(spec: dict):
@@ -12,4 +14,4 @@ def from_spec(spec: dict):
     return {cls.__name__: cls for cls in STORED}[spec["module"]].from_spec(spec)
 
 
-__all__ = ["STORED", "BnbLinear", "PackedLinear", "W8A8Linear", "exact", "from_spec"]
+__all__ = ["STORED", "BnbLinear", "PackedLinear", "SparseLinear", "W8A8Linear", "exact", "from_spec"]
