@@ -1,8 +1,9 @@
 """The one block-by-block pass that all calibrated methods share.
 
-Blocks are visited in order. Each is fed what the already-compressed blocks before it produce; the statistic its linears
-need is gathered, once for linears that read the same input (q/k/v, gate/up); they are replaced; and the block, now
-compressed, computes the next block's input. Layers are found by walking, never by a file per architecture.
+Blocks are visited in order, each is fed what the already-compressed ones before it produce, and the same holds inside a
+block: a linear is solved at the moment its input arrives, and multiplies with what came out. So one forward pass does it
+all, statistics are exact for what the compressed layer will really read, and linears that read the same tensor (q/k/v,
+gate/up) share them. Layers are found by walking, never by a file per architecture.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from labkit.linear import STORED, PackedLinear, exact
 from labkit.progress import track
 
 STATISTICS = ("none", "channel_norm", "channel_max", "hessian")
+AT_ONCE = 1 << 15  # calibration tokens that pass through a block together; more go twice, in batches, to save memory
 
 
 @dataclass
@@ -44,6 +47,14 @@ class Stats:
         else:
             squares = x.square().sum(0)
             self.square_sum = squares if self.square_sum is None else self.square_sum + squares
+
+    def check(self, where: str) -> None:
+        """Raise a ValueError that names the layer when its inputs were not all finite."""
+        seen = (
+            self.gram.diagonal() if self.gram is not None else self.peak if self.peak is not None else self.square_sum
+        )
+        if not torch.isfinite(seen).all():
+            raise ValueError(f"The inputs of {where} hold NaN or infinity: check the model's weights.")
 
     @property
     def channel_norm(self) -> torch.Tensor:
@@ -171,72 +182,93 @@ def walk(
     prefix = next(name for name, m in lm.model.named_modules() if m is stack)
     flow = Flow(lm.model, stack, calib.to(lm.device)) if statistic != "none" else None
     for index in track(range(len(stack)), what, progress):
+        block = stack[index]
         if prepare:
-            unpack(stack[index])
-            prepare(stack[index], flow, index)
-        stats = flow.gather(index, statistic) if flow else {}
-        for name, module in list(linears(stack[index])):
+            unpack(block)
+            prepare(block, flow, index)
+
+        def compressed(name: str, module: nn.Module, stats: Stats, path: str = f"{prefix}.{index}") -> nn.Module:
             weight = weight_of(module).detach().float()
-            path = f"{prefix}.{index}.{name}"
             if not torch.isfinite(weight).all():
-                raise ValueError(f"The weight of {path} holds NaN or infinity: load the model again or check its file.")
-            replace(stack[index], name, module, solve(weight, stats.get(name, Stats()), path))
+                text = f"The weight of {path}.{name} holds NaN or infinity: load the model again or check its file."
+                raise ValueError(text)
+            return take_place(module, solve(weight, stats, f"{path}.{name}"))
+
+        if flow and len(flow.hidden) == 1:
+            flow.compress(index, statistic, compressed)
+            continue
+        stats = flow.gather(index, statistic) if flow else {}
+        for name, module in list(linears(block)):
+            block.set_submodule(name, compressed(name, module, stats.get(name, Stats())))
         if flow:
             flow.advance(index)
 
 
-def replace(block: nn.Module, name: str, module: nn.Module, solved) -> None:
-    """Put a solved weight, dense (out, in) or encoded, in the place of a linear."""
+def take_place(module: nn.Module, solved) -> nn.Module:
+    """The module that takes a linear's place: of a dense weight (out, in), an encoded one, or as it is."""
     dtype = module.dtype if isinstance(module, STORED) else module.weight.dtype
     if isinstance(solved, nn.Module):
         solved.bias, solved.dtype = module.bias, dtype
-        block.set_submodule(name, solved)
-    elif not isinstance(solved, torch.Tensor):
-        block.set_submodule(name, PackedLinear(solved, module.bias, dtype=dtype))
-    elif isinstance(module, STORED):
+        return solved
+    if not isinstance(solved, torch.Tensor):
+        return PackedLinear(solved, module.bias, dtype=dtype)
+    if isinstance(module, STORED):
         dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         dense.weight, dense.bias = nn.Parameter(solved.to(dtype), requires_grad=False), module.bias
-        block.set_submodule(name, dense)
-    else:
-        set_weight(module, solved)
+        return dense
+    set_weight(module, solved)
+    return module
 
 
 def unpack(block: nn.Module) -> None:
     """Make packed linears dense, with the same values."""
     for name, module in list(linears(block)):
         if isinstance(module, STORED):
-            replace(block, name, module, module.weight)
+            block.set_submodule(name, take_place(module, module.weight))
 
 
 class _Stop(Exception):
     """Ends a forward pass as soon as nothing more of it is needed."""
 
 
-class Flow:
-    """The hidden states between blocks, and the other arguments (masks, rotary tables) that each block takes."""
+class _Due(nn.Module):
+    """Stands in for a linear until its input arrives: then the linear is compressed, and computes its output."""
 
-    def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor, batch: int = 8):
+    def __init__(self, compress: Callable[[torch.Tensor], nn.Module]):
+        super().__init__()
+        self.compress, self.done = compress, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.done is None:
+            self.done = self.compress(x)
+        return self.done(x)
+
+
+class Flow:
+    """The hidden states between blocks, and the other arguments (masks, rotary tables) that each block takes.
+
+    ``hidden``: batches of (windows, length, width); all in one while they are no more than ``AT_ONCE`` tokens.
+    """
+
+    def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor):
         self.stack = stack
-        size = max(
-            d for d in range(1, min(batch, len(calib)) + 1) if len(calib) % d == 0
-        )  # equal batches: one mask fits all
         self.extra: list[tuple[tuple, dict]] = [((), {})] * len(stack)
         self.hidden: list[torch.Tensor] = []
-        for i, ids in enumerate(calib.split(size)):
-            self._capture(model, ids, everything=i == 0)
+        self._capture(model, calib[:1], everything=True)  # made for one window, these fit any number of them
+        for ids in calib.split(max(1, AT_ONCE // calib.shape[1])):
+            self._capture(model, ids, everything=False)
 
     def _capture(self, model, ids: torch.Tensor, everything: bool) -> None:
-        """Record block 0's input, and in the first batch every block's other arguments."""
+        """Record block 0's input, or every block's other arguments."""
 
         def record(index: int):
             def hook(module, args, kwargs):
                 args, kwargs = list(args), dict(kwargs)
                 hidden = args.pop(0) if args else kwargs.pop("hidden_states")
-                if index == 0:
-                    self.hidden.append(hidden)
-                self.extra[index] = (tuple(args), kwargs)
                 if not everything:
+                    self.hidden.append(hidden)
                     raise _Stop
+                self.extra[index] = (tuple(args), kwargs)
 
             return hook
 
@@ -249,6 +281,32 @@ class Flow:
         finally:
             for h in handles:
                 h.remove()
+
+    def compress(self, index: int, statistic: str, compressed: Callable[[str, nn.Module, Stats], nn.Module]) -> None:
+        """Replace each linear of a block by ``compressed(name, module, stats)``, all in the pass that makes ``hidden``."""
+        block, seen = self.stack[index], WeakTensorKeyDictionary()
+        layers = dict(linears(block))
+
+        def due(name: str, module: nn.Module) -> _Due:
+            def compress(x: torch.Tensor) -> nn.Module:
+                if x not in seen:
+                    seen[x] = Stats()
+                    seen[x].add(x, statistic)
+                    seen[x].check(f"{name} in block {index}")
+                return compressed(name, module, seen[x])
+
+            return _Due(compress)
+
+        waiting = {name: due(name, module) for name, module in layers.items()}
+        for name, stand_in in waiting.items():
+            block.set_submodule(name, stand_in)
+        try:
+            self.hidden = [self.run(index, hidden) for hidden in self.hidden]
+            for name, stand_in in waiting.items():  # an expert that no token was sent to has no statistics
+                stand_in.done = stand_in.done or compressed(name, layers[name], Stats())
+        finally:
+            for name, stand_in in waiting.items():
+                block.set_submodule(name, stand_in.done or layers[name])
 
     def gather(self, index: int, statistic: str) -> dict[str, Stats]:
         """The statistics of one block's linears; linears that were handed the same tensor share one object."""
@@ -289,11 +347,7 @@ class Flow:
             for h in handles:
                 h.remove()
         for name, stats in found.items():
-            total = stats.gram.diagonal() if stats.gram is not None else stats.square_sum
-            if not torch.isfinite(stats.peak if total is None else total).all():
-                raise ValueError(
-                    f"The inputs of {name} in block {index} hold NaN or infinity: check the model's weights."
-                )
+            stats.check(f"{name} in block {index}")
         return {name: found[leader] for name, leader in leaders.items()}
 
     def few(self, windows: int) -> torch.Tensor:
@@ -307,13 +361,6 @@ class Flow:
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """One block's output for hidden states (windows, length, width) of one of the batches in ``self.hidden``."""
-        full = len(self.hidden[0])
-
-        def cut(value):  # masks made for a full batch
-            batched = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == full
-            return value[: len(hidden)] if batched and len(hidden) < full else value
-
         args, kwargs = self.extra[index]
-        args, kwargs = [cut(a) for a in args], {k: cut(v) for k, v in kwargs.items()}
         out = self.stack[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

@@ -72,6 +72,37 @@ def test_blocks_see_what_compressed_blocks_produce(tiny_lm, windows):
     assert not torch.allclose(second_block.double(), dense, rtol=1e-3)
 
 
+def test_every_linear_is_given_statistics_of_what_it_will_read(each_family, windows):
+    """Within a block too: the inputs seen at calibration are those of the finished, compressed model."""
+    form, norms = Integer(3, 16), {}
+
+    def solve(weight, stats, path):
+        norms[path] = stats.channel_norm.double()
+        return form.encode(weight)
+
+    walk(each_family, windows, "channel_norm", solve, progress=False)
+    inputs = record_inputs(each_family.model, windows)
+    for path, norm in norms.items():
+        torch.testing.assert_close(norm, inputs[path].square().sum(0).sqrt(), rtol=1e-3, atol=1e-4)
+
+
+def test_more_tokens_than_fit_at_once_go_in_batches(tiny_lm, windows, monkeypatch):
+    """Then statistics are of the block before any of it is compressed; the next block still sees the compressed one."""
+    monkeypatch.setattr("labkit.walk.AT_ONCE", 20)
+    form, norms = Integer(3, 16), {}
+
+    def solve(weight, stats, path):
+        norms[path] = stats.channel_norm.double()
+        return form.encode(weight)
+
+    dense = record_inputs(tiny_lm.model, windows)
+    walk(tiny_lm, windows, "channel_norm", solve, progress=False)
+    packed = record_inputs(tiny_lm.model, windows)
+    for path, inputs in (("0.self_attn.o_proj", dense), ("0.mlp.down_proj", dense), ("1.self_attn.q_proj", packed)):
+        expected = inputs[f"model.layers.{path}"].square().sum(0).sqrt()
+        torch.testing.assert_close(norms[f"model.layers.{path}"], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rtn_on_every_family(each_family, windows):
     small = RTN(bits=4, group_size=32)(each_family, progress=False)
     packed = [m for m in small.model.modules() if isinstance(m, PackedLinear)]

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 
 from labkit.formats import Encoded, Integer
-from labkit.linear import exact
 from labkit.method import Method, knob
+from labkit.probe import Probe
 from labkit.progress import track
 from labkit.quantize.awq import scaling
 from labkit.quantize.common import GROUP_SIZE, rounded
 from labkit.quantize.gptq import WINDOWS, gptq
-from labkit.walk import Stats, linears, set_weight, unpack, walk, weight_of
+from labkit.walk import Stats, linears, unpack, walk, weight_of
 from labkit.walk import blocks as blocks_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that a layer may get
@@ -55,7 +55,6 @@ class MixedPrecision(Method):
         walk(lm, calib, "hessian", solve, f"GPTQ to {self.bits:g} bits on average", progress, prepare)
 
 
-@exact()
 @torch.no_grad()
 def sensitivity(lm, ids: torch.Tensor, group_size: int | None, progress: bool = True):
     """What rounding each linear alone costs: three dictionaries by path.
@@ -66,24 +65,13 @@ def sensitivity(lm, ids: torch.Tensor, group_size: int | None, progress: bool = 
     stack = blocks_of(lm.model)
     prefix = next(name for name, m in lm.model.named_modules() if m is stack)
     layers = {f"{prefix}.{i}.{n}": m for i, block in enumerate(stack) for n, m in linears(block)}
-    ids = ids.to(lm.device)
-
-    def predictions() -> torch.Tensor:
-        return torch.cat([lm.model(row[None]).logits[0].float().log_softmax(-1) for row in ids])
-
-    reference = predictions()
-    damage, errors, sizes = {}, {}, {}
+    probe, damage, errors, sizes = Probe(lm, ids), {}, {}, {}
     for path, layer in track(layers.items(), "trying each layer at 3 bits", progress, total=len(layers)):
-        before, weight = layer.weight, weight_of(layer).float()
+        weight = weight_of(layer).float()
         tried = {bits: rounded(weight, Integer(bits, group_size)) for bits in WIDTHS}
         errors[path] = {bits: (weight - w).square().sum().item() for bits, w in tried.items()}
         sizes[path] = weight.numel()
-        set_weight(layer, tried[PROBE])
-        try:
-            now = predictions()
-        finally:
-            layer.weight = before
-        damage[path] = (reference.exp() * (reference - now)).sum(-1).mean().clamp(min=0).item()
+        damage[path] = probe.cost({layer: tried[PROBE]})
     return damage, errors, sizes
 
 
