@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from labkit import cache
 from labkit.walk import blocks, is_linear
 
 
@@ -37,19 +39,33 @@ def bits_per_weight(lm) -> float:
     return bits / weights
 
 
-def kv_per_token(lm, tokens: int = 16) -> int:
-    """Bytes by which the KV cache grows with one token, measured on a real cache: the difference of two lengths."""
+def kv_per_token(lm, tokens: int | None = None) -> int:
+    """Bytes by which the KV cache grows with one token, measured on a real cache: the difference of two lengths.
+
+    ``tokens``: the shorter length; the other is twice as long. None takes 16, and 256 for a model under cache methods,
+    which evict or round nothing before that.
+    """
+    if tokens is None:
+        tokens = min(256 if cache.methods_of(lm.model) else 16, lm.model.config.max_position_embeddings // 2)
     ids = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
     with torch.inference_mode():
-        cache = lm.model(ids, use_cache=True).past_key_values
-        short = cache_bytes(cache)
-        cache = lm.model(ids, past_key_values=cache, use_cache=True).past_key_values
-    return (cache_bytes(cache) - short) // tokens
+        kept = lm.model(ids, use_cache=True).past_key_values
+        short = cache_bytes(kept)
+        kept = lm.model(ids, past_key_values=kept, use_cache=True).past_key_values
+    return (cache_bytes(kept) - short) // tokens
 
 
-def cache_bytes(cache) -> int:
-    """Bytes of the keys and values that a transformers cache holds."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+def cache_bytes(kept) -> int:
+    """Bytes that a transformers cache holds: keys and values, and what a policy or a quantizer keeps beside them.
+
+    Whole storages are counted, each once: a tensor that is a view of a larger one holds all of that.
+    """
+    storages = {}
+    for layer in kept.layers:
+        tensors = layer.held() if hasattr(layer, "held") else (layer.keys, layer.values)
+        for storage in (t.untyped_storage() for t in tensors if t is not None):
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 class Peak:
@@ -84,6 +100,12 @@ def peak(device: torch.device, every: float = 0.02):
     finally:
         done.set()
         watcher.join()
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library can: a peak after it starts from what is used."""
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int | None:

@@ -14,6 +14,7 @@ import torch
 from labkit import text
 from labkit.linear import exact
 from labkit.measure.measurement import Quality
+from labkit.measure.reference import remembered
 from labkit.progress import track
 
 ROWS = (
@@ -50,12 +51,13 @@ def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, wh
     if reference is not None:
         text.check_windows(reference, windows)
     nll, kl, same = [], [], []
-    for ids in track(windows, what, progress):
+    before = None if reference is None else remembered(reference, windows)
+    for index, ids in enumerate(track(windows, what, progress)):
         ids = ids[None]
         mine = lm.model(ids.to(lm.device)).logits[0, :-1]
         theirs = None
-        if reference is not None:
-            theirs = reference.model(ids.to(reference.device)).logits[0, :-1].to(mine.device)
+        if before is not None:
+            theirs = before.logits(index)[:-1].to(mine.device)
             if theirs.shape != mine.shape:
                 sizes = f"{theirs.shape[-1]} and {mine.shape[-1]}"
                 raise ValueError(f"Two models with vocabularies of {sizes} tokens cannot be compared.")
