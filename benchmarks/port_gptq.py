@@ -1,66 +1,19 @@
 """GPTQ as the paper's procedure reads when it is written down plainly: the yardstick of bench_gptq.
 
-One Hessian for each linear, one calibration window at a time, two whole passes through every block, a column loop over
-the weight as it lies, act-order with static groups. Nothing is shared, batched or skipped.
+An own column loop over the weight as it lies, act-order with static groups, one Hessian for each linear.
 """
 
 from __future__ import annotations
 
 import torch
+from port_walk import port_walk
 
 from labkit.formats import Integer
-from labkit.walk import blocks, linears, set_weight
 
 
-@torch.no_grad()
 def port(lm, calib: torch.Tensor, bits: int, group_size: int, damp: float = 0.01, block_size: int = 128):
     """A copy of ``lm`` with every decoder linear rounded (kept dense)."""
-    small = lm.copy()
-    stack = blocks(small.model)
-    states, extra = [], {}
-
-    class Caught(Exception):
-        pass
-
-    def catch(module, args, kwargs):
-        kwargs = dict(kwargs)
-        states.append(args[0] if args else kwargs.pop("hidden_states"))
-        extra.update(kwargs)
-        raise Caught
-
-    handle = stack[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for window in calib:
-        try:
-            small.model(window[None], use_cache=False)
-        except Caught:
-            pass
-    handle.remove()
-
-    def run(block, hidden):
-        out = block(hidden, **extra)
-        return out[0] if isinstance(out, tuple) else out
-
-    for block in stack:
-        grams, count = {}, {}
-
-        def watch(name, grams=grams, count=count):
-            def hook(module, args):
-                x = args[0].reshape(-1, args[0].shape[-1]).float()
-                n = count.get(name, 0)
-                grams[name] = grams.get(name, 0) * (n / (n + 1)) + (2 / (n + 1)) * (x.T @ x)
-                count[name] = n + 1
-
-            return hook
-
-        handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears(block)]
-        for hidden in states:
-            run(block, hidden)
-        for h in handles:
-            h.remove()
-        for name, module in list(linears(block)):
-            set_weight(module, _solve(module.weight, grams.pop(name), bits, group_size, damp, block_size))
-        states = [run(block, hidden) for hidden in states]
-    return small
+    return port_walk(lm, calib, lambda weight, gram: _solve(weight, gram, bits, group_size, damp, block_size))
 
 
 def _solve(weight, hessian, bits, group_size, damp, block_size):

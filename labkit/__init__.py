@@ -1,9 +1,10 @@
 """labkit: what is the bottleneck, and which compression technique shifts it?"""
 
-from labkit import text
+from labkit import export, text
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
+from labkit.prune import Magnitude, SparseGPT, Wanda
 from labkit.quantize import AWQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
 from labkit.record import record
 from labkit.results import Store
@@ -17,6 +18,9 @@ __all__ = [
     "HQQ",
     "BitsAndBytes",
     "MixedPrecision",
+    "Magnitude",
+    "Wanda",
+    "SparseGPT",
     "LanguageModel",
     "Measurement",
     "Method",
@@ -25,6 +29,7 @@ __all__ = [
     "check",
     "compile",
     "divergence",
+    "export",
     "load",
     "measure",
     "methods",

@@ -1,0 +1,77 @@
+"""Which blocks lose more weights than others, at the same number of zeros in the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from labkit.linear import exact
+from labkit.method import knob
+from labkit.probe import Probe
+from labkit.progress import track
+from labkit.prune.common import keep_mask
+from labkit.walk import Flow, blocks, linears, unpack, weight_of
+
+ALLOCATION = knob(
+    "uniform",
+    choices=("uniform", "owl", "sensitivity"),
+    help="Every block the same; or fewer zeros where scores have outliers (OWL); or where zeros cost most, measured.",
+)
+SPREAD = 0.08  # the most that a block's sparsity differs from the mean (OWL's lambda)
+OUTLIER = 5  # a score this many times the mean of its matrix is an outlier (OWL's M)
+
+
+def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callable[[str], float]:
+    """A function from a linear's path to its sparsity, ``method.sparsity`` on average over the decoder's weights.
+
+    "owl": Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024, section 3.2: a block's density grows with its
+    share of outliers among |w|·‖x‖. "sensitivity": it grows with the logarithm of the KL divergence that pruning
+    this block alone costs, on the first calibration window.
+    """
+    if method.allocation == "uniform":
+        return lambda path: method.sparsity
+    if method.pattern != "unstructured":
+        name = type(method).__name__
+        text = f"with pattern = {method.pattern!r}, which fixes every layer's sparsity"
+        raise ValueError(f"{name}.allocation = {method.allocation!r} is not allowed {text}.")
+    stack = blocks(lm.model)
+    for block in stack:
+        unpack(block)
+    worth, sizes = [], []
+    probe = Probe(lm, calib[:1]) if method.allocation == "sensitivity" else None
+    for block, norms in track(_norms(lm, calib), "looking at each block", progress, total=len(stack)):
+        weights = {module: weight_of(module).float() for _, module in linears(block)}
+        scores = {module: w.abs() * norms[module] for module, w in weights.items()}
+        sizes.append(sum(w.numel() for w in weights.values()))
+        if probe is None:
+            outliers = sum((s > OUTLIER * s.mean()).sum().item() for s in scores.values())
+            worth.append(outliers / sizes[-1])
+        else:
+            pruned = {m: w * keep_mask(scores[m], method.sparsity, None, "row") for m, w in weights.items()}
+            worth.append(math.log(max(probe.cost(pruned), 1e-9)))
+    shares = spread(worth, sizes, method.sparsity)
+    prefix = next(name for name, m in lm.model.named_modules() if m is stack)
+    return lambda path: shares[int(path.removeprefix(f"{prefix}.").partition(".")[0])]
+
+
+def spread(worth: list[float], sizes: list[int], sparsity: float, width: float = SPREAD) -> list[float]:
+    """A sparsity for each block, lower where it is worth more; all within ``width`` of each other's mean, which is kept."""
+    low, high = min(worth), max(worth)
+    unit = [(w - low) / (high - low) if high > low else 0.5 for w in worth]
+    mean = sum(u * s for u, s in zip(unit, sizes)) / sum(sizes)
+    width = min(width, sparsity / 2, (1 - sparsity) / 2)  # nobody below 0 or above 1
+    return [sparsity - 2 * width * (u - mean) for u in unit]
+
+
+@exact()
+@torch.no_grad()
+def _norms(lm, calib: torch.Tensor):
+    """Block by block: the block, and ‖x_j‖ (in,) of the inputs of each of its linears in the uncompressed model."""
+    stack = blocks(lm.model)
+    flow = Flow(lm.model, stack, calib.to(lm.device))
+    for index, block in enumerate(stack):
+        stats = flow.gather(index, "channel_norm")
+        yield block, {module: stats[name].channel_norm for name, module in linears(block)}
+        flow.advance(index)
