@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from labkit import Magnitude, SparseGPT, Wanda
 from labkit.formats import Integer
+from labkit.measure.memory import bits_per_weight
 from labkit.prune.allocate import spread
 from labkit.prune.common import keep_mask, nm_mask, parse_pattern
 from labkit.prune.repair import repaired
@@ -247,8 +248,44 @@ def test_bad_knobs_are_named(cls, knobs, words):
 def test_what_does_not_go_together_is_refused(tiny_lm, windows):
     with pytest.raises(ValueError, match="repair = True is not allowed with bits"):
         SparseGPT(bits=4, repair=True)
+    with pytest.raises(ValueError, match="container = 'csr' is not allowed with bits"):
+        SparseGPT(bits=4, container="csr")
     with pytest.raises(ValueError, match="allocation = 'owl' is not allowed with pattern = '2:4'"):
         Wanda(pattern="2:4", allocation="owl")(tiny_lm, windows, progress=False)
+
+
+# How they are stored
+
+
+@pytest.mark.parametrize(
+    ("knobs", "bits"),
+    [
+        ({}, 1 + 32 / 2),
+        ({"pattern": "2:4"}, 32 / 2 + 2 / 2),
+        ({"container": "csr"}, 32),  # 32-bit columns beside 32-bit values, and where rows begin
+        ({"container": "dense"}, 32),
+    ],
+)
+@pytest.mark.parametrize("cls", ALL)
+def test_bits_per_weight_are_those_of_the_container(tiny_lm, windows, cls, knobs, bits):
+    small = cls(**knobs)(tiny_lm, windows, progress=False)
+    assert bits_per_weight(small) == pytest.approx(bits, rel=0.03)
+    dense = cls(**(knobs | {"container": "dense"}))(tiny_lm, windows, progress=False)
+    for a, b in zip(weights(small), weights(dense)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_joint_rounding_is_stored_in_codes_of_what_is_kept(tiny_lm, windows, pattern):
+    knobs = {"bits": 4, "group_size": 32, "pattern": pattern}
+    small = SparseGPT(**knobs)(tiny_lm, windows, progress=False)
+    dense = SparseGPT(**knobs, container="dense")(tiny_lm, windows, progress=False)
+    scales = (16 + 4) / 32
+    assert bits_per_weight(small) <= 1 + 4 / 2 + scales + 0.2
+    assert bits_per_weight(dense) == pytest.approx(4 + scales, abs=0.01)
+    for a, b in zip(weights(small), weights(dense)):
+        assert torch.equal(a, b)
+        assert (a == 0).float().mean() >= 0.5
 
 
 # Where zeros go

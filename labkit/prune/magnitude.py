@@ -36,6 +36,6 @@ class Magnitude(Method):
 
         def solve(weight: torch.Tensor, stats: Stats, path: str):
             mask = keep_mask(weight.abs(), self.sparsity, pattern, self.per)
-            return stored(weight * mask, pattern, self.container)
+            return stored(weight * mask, self.pattern, self.container)
 
         walk(lm, calib, "none", solve, f"magnitude, {self.sparsity:.0%} zeros", progress)

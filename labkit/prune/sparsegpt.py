@@ -58,6 +58,10 @@ class SparseGPT(Method):
     def __post_init__(self):
         super().__post_init__()
         check_pattern(self)
+        if self.bits and self.container == "csr":
+            raise ValueError(
+                "SparseGPT.container = 'csr' is not allowed with bits: codes are stored with a mask, or densely."
+            )
         if self.bits and self.repair:
             raise ValueError(
                 "SparseGPT.repair = True is not allowed with bits: what is rounded cannot be fitted again."
@@ -71,8 +75,10 @@ class SparseGPT(Method):
         def solve(weight: torch.Tensor, stats: Stats, path: str):
             pruned, mask, grid = sparsegpt(weight, stats, sparsity(path), pattern, self.damp, form, self.compensate)
             if form:
-                return stored_codes(pruned, mask, form, grid, pattern, self.container)
-            return stored(repaired(weight, mask, stats.hessian) if self.repair else pruned, pattern, self.container)
+                return stored_codes(pruned, form, grid, self.pattern, self.container)
+            return stored(
+                repaired(weight, mask, stats.hessian) if self.repair else pruned, self.pattern, self.container
+            )
 
         walk(lm, calib, "hessian", solve, f"SparseGPT, {self.sparsity:.0%} zeros", progress)
 

@@ -47,7 +47,7 @@ class Wanda(Method):
         def solve(weight: torch.Tensor, stats: Stats, path: str):
             mask = keep_mask(weight.abs() * stats.channel_norm, sparsity(path), pattern, self.per)
             weight = repaired(weight, mask, stats.hessian) if self.repair else weight * mask
-            return stored(weight, pattern, self.container)
+            return stored(weight, self.pattern, self.container)
 
         statistic = "hessian" if self.repair else "channel_norm"
         walk(lm, calib, statistic, solve, f"Wanda, {self.sparsity:.0%} zeros", progress)
