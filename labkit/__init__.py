@@ -1,6 +1,7 @@
 """labkit: what is the bottleneck, and which compression technique shifts it?"""
 
 from labkit import export, text
+from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
@@ -21,6 +22,13 @@ __all__ = [
     "Magnitude",
     "Wanda",
     "SparseGPT",
+    "StreamingLLM",
+    "H2O",
+    "Scissorhands",
+    "SnapKV",
+    "KIVI",
+    "RecentKV",
+    "RandomKV",
     "LanguageModel",
     "Measurement",
     "Method",

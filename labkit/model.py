@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from labkit import embedded
-from labkit.method import brief
+from labkit import cache, embedded
+from labkit.method import brief, methods
 
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
 
@@ -95,6 +95,8 @@ class LanguageModel:
             self.tokenizer.save_pretrained(scratch)
             packed = {n: m.spec() for n, m in self.model.named_modules() if hasattr(m, "spec")}
             described = {"name": self.name, "history": self.history, "packed": packed, "shared": shared}
+            if cached := cache.methods_of(self.model):
+                described["cache"] = [[type(m).__name__, m.values()] for m in cached]
             (scratch / MANIFEST).write_text(json.dumps(described | {"class": type(self.model).__name__}, indent=1))
             if target.exists():
                 target.rmdir()
@@ -224,6 +226,8 @@ def _load_saved(folder: Path) -> LanguageModel:
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
         if getattr(config, "tie_word_embeddings", False):
             model.tie_weights()
+        for method, values in manifest.get("cache", []):
+            cache.install(model, methods()[method](**values))
         return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]))
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {_reason(error)}.") from error

@@ -92,7 +92,12 @@ def test_bytes_equal_the_files_tensors(cls, lm, calib, tmp_path):
         stored = sum(t.numel() * t.element_size() for t in map(file.get_tensor, file.keys()))
     rotary = sum(b.numel() * b.element_size() for n, b in fresh.model.named_buffers() if "inv_freq" in n)
     assert fresh.nbytes == stored + rotary  # rotary tables are computed, not stored
-    assert memory.bits_per_weight(fresh) < memory.bits_per_weight(lm)
+    if cls.kind == "cache":  # the weights stay as they are: the cache of 600 tokens is smaller
+        ids = torch.ones(1, 600, dtype=torch.long)
+        assert memory.bits_per_weight(fresh) == memory.bits_per_weight(lm)
+        assert memory.cache_bytes(fresh.model(ids).past_key_values) < memory.cache_bytes(lm.model(ids).past_key_values)
+    else:
+        assert memory.bits_per_weight(fresh) < memory.bits_per_weight(lm)
 
 
 def test_every_bad_knob_value_is_named(cls, lm):

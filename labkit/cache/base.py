@@ -1,0 +1,164 @@
+"""What a method for the KV cache is: it changes no weight, but what the model remembers of a text while it reads it.
+
+    small = SnapKV(budget=256)(lm)    # small.generate, small.model.generate and small.model(...) keep 256 tokens
+
+The methods hang on the transformers model as one forward pre-hook, on the module that runs the blocks. Whenever a text
+begins, the hook hands the model a fresh cache under these methods (:mod:`labkit.cache.layer`), and an attention function
+(:mod:`labkit.cache.attend`) shows each layer's queries to the policy. So every way of running the model uses them, and
+two texts never share a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from labkit.method import Method, knob
+from labkit.walk import blocks, linears, weight_of
+
+MOST = 1_000_000  # the largest budget in tokens: longer than any text here, so that nothing is evicted
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """A method that acts on the KV cache; the weights stay as they are."""
+
+    kind: ClassVar[str] = "cache"
+
+    def apply(self, lm, calib, progress: bool) -> None:
+        for index, block in enumerate(blocks(lm.model)):
+            for name, module in linears(block):
+                if not torch.isfinite(weight_of(module)).all():
+                    raise ValueError(
+                        f"The weight of {name} in block {index} holds NaN or infinity: load the model again."
+                    )
+        install(lm.model, self)
+
+
+@dataclass(frozen=True)
+class CachePolicy(CacheMethod):
+    """Evicts tokens from the KV cache. A policy is one scoring function, :meth:`scores`, and its knobs.
+
+    - ``at_prefill``, ``at_decode``: when it acts: after the first forward of a text, after every later one, or both.
+    - ``rerotates``: keys are turned to their place in the shortened cache; otherwise they keep their true positions.
+    - ``least``: the smallest budget that the knobs in ``room`` leave room for, and ``why``, what takes that room.
+    """
+
+    lossless: ClassVar[dict] = {"budget": MOST}
+    at_prefill: ClassVar[bool] = True
+    at_decode: ClassVar[bool] = True
+    rerotates: ClassVar[bool] = False
+    room: ClassVar[tuple[str, ...]] = ()
+    why: ClassVar[str] = ""
+
+    budget: int = knob(
+        256,
+        low=1,
+        high=MOST,
+        stops=(64, 128, 256, 512, 1024),
+        help="Tokens that each KV head of each layer keeps. Where the text is shorter, nothing is evicted.",
+    )
+    share: float | None = knob(
+        None,
+        low=0.01,
+        high=1.0,
+        step=0.01,
+        none="budget counts",
+        help="The budget as a share of the prompt's tokens, in place of a number of tokens.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget < self.least:
+            knobs = self.knobs()
+            beside = ", ".join(f"{name} = {getattr(self, name)}" for name in self.room)
+            allowed = ", ".join(f"{name}: {knobs[name].allowed}" for name in self.room)
+            raise ValueError(
+                f"{type(self).__name__}.budget = {self.budget} is not allowed{beside and ' with '}{beside}: it must be "
+                f"{knobs['budget'].allowed}, here {self.least} or more for {self.why}{allowed and f' ({allowed})'}."
+            )
+
+    @property
+    def least(self) -> int:
+        return 1
+
+    def scores(self, step) -> torch.Tensor:
+        """How much each token deserves to stay, (batch, kv_heads, tokens); infinity: it stays in any case.
+
+        ``step`` is a :class:`labkit.cache.attend.Step`: the queries, keys and positions of one layer after one forward.
+        Of equal scores the newer token stays.
+        """
+        raise NotImplementedError
+
+    def budgets(self, step, scores: torch.Tensor) -> int | torch.Tensor:
+        """Tokens to keep: one number, or one for each row and head, (batch, kv_heads)."""
+        return step.budget
+
+
+class CacheHook:
+    """The forward pre-hook of the module that runs the blocks: each text that begins gets a cache under these methods."""
+
+    def __init__(self):
+        self.methods: tuple[CacheMethod, ...] = ()
+
+    def __call__(self, model, args, kwargs):
+        from labkit.cache.layer import KVCache
+
+        past, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if past is None and not (model.config.use_cache if use is None else use):
+            return None
+        if past is None or (not isinstance(past, KVCache) and past.get_seq_length() == 0):
+            past = KVCache(self.methods, model)
+        elif getattr(past, "methods", None) != self.methods:
+            named = " and ".join(type(m).__name__ for m in self.methods)
+            raise ValueError(
+                f"This cache was not made under {named}: begin the text with this model and its own cache."
+            )
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs["inputs_embeds"] if ids is None else ids
+        positions = past.begin(ids, kwargs.get("attention_mask"))
+        kwargs = {**kwargs, "past_key_values": past, "kv": past}
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        return args, kwargs
+
+
+def hook_of(model) -> CacheHook | None:
+    """The hook that holds a transformers model's cache methods, or None."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, CacheHook)), None)
+
+
+def methods_of(model) -> tuple[CacheMethod, ...]:
+    """The cache methods under which a transformers model runs."""
+    hook = hook_of(model)
+    return hook.methods if hook else ()
+
+
+def install(model, method: CacheMethod) -> None:
+    """Put a transformers model under a cache method, beside those it already has."""
+    from labkit.cache import attend
+
+    there = methods_of(model)
+    group = CachePolicy if isinstance(method, CachePolicy) else type(method)
+    if same := [m for m in there if isinstance(m, group)]:
+        raise ValueError(
+            f"This model's cache is already under {same[0]!r}: {type(method).__name__} cannot come on top of it."
+        )
+    check_pair([*there, method])
+    if not there:
+        attend.take_over(model)
+        stack = blocks(model)
+        decoder = next(m for m in model.modules() if any(child is stack for child in m.children()))
+        decoder.register_forward_pre_hook(CacheHook(), with_kwargs=True)
+    hook_of(model).methods = (*there, method)
+
+
+def check_pair(methods: list[CacheMethod]) -> None:
+    """Raise a ValueError where a policy and a quantizer of the cache cannot work together."""
+    for quantizer in methods:
+        for policy in methods:
+            if isinstance(policy, CachePolicy) and hasattr(quantizer, "check_policy"):
+                quantizer.check_policy(policy)

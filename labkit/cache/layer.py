@@ -1,0 +1,256 @@
+"""A transformers cache whose layers forget: real removal, the tensors shrink."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from labkit.cache.attend import Step, visible
+from labkit.cache.base import CachePolicy
+from labkit.cache.rotary import frequencies, rotate
+from labkit.cache.store import Plain, ranked, select
+
+
+class KVCache(Cache):
+    """The cache of one text (or one batch of texts) under cache methods. ``get_seq_length`` counts every token seen.
+
+    ``whole``: nothing has been evicted before this forward, so that positions and masks are as without a policy.
+    """
+
+    def __init__(self, methods: tuple, model):
+        super().__init__(layers=[])
+        self.methods = methods
+        self.policy = next((m for m in methods if isinstance(m, CachePolicy)), None)
+        self.quantizer = next((m for m in methods if not isinstance(m, CachePolicy)), None)
+        self.depth = model.config.num_hidden_layers
+        self.turning = frequencies(model) if self.policy is not None and self.policy.rerotates else None
+        self.whole = True
+        self.lengths: torch.Tensor | None = None  # (batch,), tokens of each text so far, padding apart
+        self.now: torch.Tensor | None = None  # (batch, new), the places of the new tokens in their text; -1: padding
+        self.turned: torch.Tensor | None = None  # (batch, new), the positions with which the rotary module turns them
+        self.padded = False
+
+    def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A forward with new tokens (batch, new, ...) begins. Gives their rotary positions where the model's own do not do."""
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            raise ValueError("A model under cache methods takes an attention_mask of shape (batch, tokens), or none.")
+        batch, new = ids.shape[:2]
+        real = torch.ones(batch, new, dtype=torch.bool, device=ids.device) if mask is None else mask[:, -new:].bool()
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.long, device=ids.device)
+        order = real.cumsum(1) - 1
+        self.now = torch.where(real, self.lengths[:, None] + order, -1).int()
+        self.lengths = self.lengths + order[:, -1] + 1
+        self.padded = mask is not None and not bool(real.all())
+        self.whole = all(layer.whole for layer in self.layers)
+        if self.turning is None:
+            return None
+        held = self.now.new_zeros(batch) if not self.layers else (self.layers[0].position[:, 0] >= 0).sum(1)
+        self.turned = (held[:, None] + order).clamp(min=0)
+        return self.turned
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        while len(self.layers) <= layer_idx:
+            self.layers.append(KVLayer(self, len(self.layers)))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def budget(self) -> int | torch.Tensor:
+        """Tokens to keep: a number, or (batch, 1) where texts of different lengths keep a share of theirs."""
+        if self.policy.share is None:
+            return self.policy.budget
+        if not hasattr(self, "prompt"):
+            self.prompt = self.lengths
+        least = self.policy.least
+        if self.quantizer is not None and self.policy.at_decode:
+            least = max(least, self.quantizer.residual + 1)
+        tokens = (self.policy.share * self.prompt.double()).round().long().clamp(min=least)
+        return int(tokens[0]) if len(tokens.unique()) == 1 else tokens[:, None]
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self.batch_select_indices(
+            torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(repeats)
+        )
+
+    def batch_select_indices(self, indices):
+        indices = indices.to(self.lengths.device)
+        self.lengths = self.lengths[indices]
+        if hasattr(self, "prompt"):
+            self.prompt = self.prompt[indices]
+        for layer in self.layers:
+            layer.batch(indices)
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        self.lengths = self.lengths - abs(tokens_to_remove)
+
+    def reset(self):
+        self.layers, self.lengths, self.padded = [], None, False
+        self.__dict__.pop("prompt", None)
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one layer, each slot's token, and what the policy remembers of it."""
+
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, cache: KVCache, index: int):
+        self.cache, self.index = cache, index
+        make = cache.quantizer.stores if cache.quantizer is not None else lambda: (Plain(), Plain())
+        self.k, self.v = make()
+        self.position: torch.Tensor | None = None  # int32 (batch, kv_heads, tokens), -1: empty; only under a policy
+        self.turned: torch.Tensor | None = None  # int32, the rotary position with which each key is held
+        self.memory: torch.Tensor | None = None  # the policy's, (batch, kv_heads, ..., tokens)
+        self.seen, self.whole, self.full, self.waiting = 0, True, True, False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.seen > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """(batch, kv_heads, tokens, head_dim) as the attention reads them, before any re-rotation."""
+        return self.k.read() if self.seen else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.v.read() if self.seen else None
+
+    @property
+    def tokens(self) -> int:
+        """Slots of each head."""
+        return self.k.read().shape[2] if self.position is None else self.position.shape[2]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.waiting:
+            raise RuntimeError(
+                "A layer's attention was not computed by labkit's function, so its policy saw nothing: leave the model's "
+                "attention implementation as it is."
+            )
+        heads, new = key_states.shape[1:3]
+        self.waiting, self.seen = True, self.seen + new
+        self.k.append(key_states)
+        self.v.append(value_states)
+        cache = self.cache
+        if cache.policy is not None:
+            self.position = _longer(self.position, cache.now, heads)
+            self.full = self.full and not cache.padded
+        if cache.turning is not None:
+            self.turned = _longer(self.turned, cache.turned.int(), heads)
+        return self._turn(self.k.read()), self.v.read()
+
+    def _turn(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys as if the slots that are left were the whole text: turned from where they were to where they are now."""
+        if self.whole or self.turned is None:
+            return keys
+        place = (self.position[:, :1] >= 0).cumsum(-1) - 1  # such a policy keeps the same tokens in all heads
+        return rotate(keys, place - self.turned[:, :1], self.cache.turning)
+
+    def mask(self, query: torch.Size, window: int | None) -> torch.Tensor | None:
+        """bool (batch, heads, new, tokens) for queries of that shape, or None: everything is seen."""
+        if query[2] == 1 and self.full and window is None:
+            return None
+        see = visible(self.position, self.cache.now, window)
+        see = (
+            see | (self.cache.now < 0)[:, None, :, None]
+        )  # a padding query must see something; nobody reads its output
+        return see.repeat_interleave(query[1] // see.shape[1], 1)
+
+    def attended(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, window: int | None) -> None:
+        """The attention is computed: the policy evicts, then what is left is put away."""
+        self.waiting = False
+        policy = self.cache.policy
+        if policy is not None and (policy.at_prefill if self.seen == query.shape[2] else policy.at_decode):
+            cache = self.cache
+            known = (query, keys, self.position, cache.now, cache.lengths, scaling, window, self.full)
+            step = Step(*known, cache.budget(), self.memory, self.index, cache.depth)
+            scores = policy.scores(step)
+            self.memory = step.memory
+            if window is not None and self.seen >= window:  # the next query sees no further back
+                gone = self.position <= (cache.lengths[:, None, None] - window)
+                self.position, self.full = self.position.masked_fill(gone, -1), False
+            if cache.quantizer is not None and not self.whole:
+                scores = cache.quantizer.protect(scores)
+            if not self.full:
+                scores = scores.masked_fill(self.position < 0, -torch.inf)
+            self._keep(scores, policy.budgets(step, scores))
+        alive = None if self.whole or self.full else self.position >= 0
+        self.k.settle(alive)
+        self.v.settle(alive)
+
+    def _keep(self, scores: torch.Tensor, budget: int | torch.Tensor) -> None:
+        """Evict all but the ``budget`` best of each head; the order of the rest stays. Empty slots score -infinity."""
+        tokens, uneven = scores.shape[-1], isinstance(budget, torch.Tensor)
+        most = min(tokens, int(budget.max()) if uneven else budget)
+        if tokens == most and not (uneven and int(budget.min()) < tokens):
+            return
+        if uneven:
+            slots, order = ranked(scores)[..., :most].sort(-1)
+            left_out = order >= budget[..., None]
+        else:
+            slots = select(scores, most)
+        self.k.take(slots)
+        self.v.take(slots)
+        self.position = self.position.gather(2, slots)
+        if uneven:
+            self.position = self.position.masked_fill(left_out, -1)
+        if self.turned is not None:
+            self.turned = self.turned.gather(2, slots)
+        if self.memory is not None:
+            self.memory = _gathered(self.memory, slots)
+        self.whole = False
+        self.full = not uneven and (self.full or bool((self.position >= 0).all()))
+
+    def held(self) -> list[torch.Tensor]:
+        """Every tensor that this layer keeps between two forwards."""
+        own = (self.position, self.turned, self.memory)
+        return [*self.k.tensors(), *self.v.tensors(), *(t for t in own if t is not None)]
+
+    def batch(self, index: torch.Tensor) -> None:
+        for store in (self.k, self.v):
+            store.batch(index)
+        for name in ("position", "turned", "memory"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[index])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back. Only before anything was evicted or rounded; a policy's memory keeps their traces."""
+        if (tokens := abs(tokens_to_remove)) == 0:
+            return
+        if not self.whole:
+            raise ValueError(
+                "Tokens have been evicted from this cache, so it cannot be cut back: begin the text again."
+            )
+        for store in (self.k, self.v):
+            store.crop(tokens)
+        for name in ("position", "turned", "memory"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[..., :-tokens])
+        self.seen -= tokens
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Nothing to prepare: the first update brings shapes and device."""
+
+
+def _longer(old: torch.Tensor | None, new: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, heads, tokens) with (batch, new) more, the same for all heads."""
+    new = new[:, None].expand(-1, heads, -1)
+    return new if old is None else torch.cat([old, new], 2)
+
+
+def _gathered(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    if memory.dim() == 3:
+        return memory.gather(2, slots)
+    return memory.gather(3, slots[:, :, None].expand(-1, -1, memory.shape[2], -1))

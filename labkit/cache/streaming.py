@@ -1,0 +1,36 @@
+"""StreamingLLM: the first few tokens, on which heads without a better use rest their attention, and a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from labkit.cache.base import CachePolicy
+from labkit.method import knob
+
+
+@dataclass(frozen=True)
+class StreamingLLM(CachePolicy):
+    """Keep the first tokens (attention sinks) and the newest; keys are turned to their places in the shortened cache.
+
+    So no rotary position ever exceeds the budget, however long the text. Where positions are not rotary (OPT, GPT-2),
+    what is cached cannot be turned, and true positions stay.
+    """
+
+    paper: ClassVar[str] = (
+        "Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024, section 3.2"
+    )
+    rerotates: ClassVar[bool] = True
+    room: ClassVar[tuple[str, ...]] = ("sinks",)
+    why: ClassVar[str] = "the sinks and one token more"
+
+    sinks: int = knob(4, low=0, high=1024, step=1, stops=(0, 1, 2, 4, 8, 16), help="First tokens that always stay.")
+
+    @property
+    def least(self) -> int:
+        return self.sinks + 1
+
+    def scores(self, step) -> torch.Tensor:
+        return step.position.float().masked_fill_(step.position < self.sinks, torch.inf)
