@@ -75,8 +75,8 @@ def measure(
 
 
 def compiled(lm):
-    """The model as one graph, or None where it cannot be one: another family, a GPU, no onnxruntime."""
-    if lm.device.type != "cpu":
+    """The model as one graph, or None where it cannot be one: another family, another device, no onnxruntime."""
+    if lm.device.type not in ("cpu", "cuda"):
         return None
     try:
         from labkit.engine import NotCompilable, compile
