@@ -25,7 +25,8 @@ TEXTS = ("manual", "prose")
 
 @dataclass(frozen=True)
 class Sweep:
-    """One shipped sweep. ``sources`` and ``seeds``: the calibrations that each calibrated setting is tried with."""
+    """One shipped sweep. ``sources``: the calibrations that each calibrated setting is tried with, in the draw of the first
+    of ``seeds``; the last source in the draws of all of them, for a seed band."""
 
     name: str
     what: str
@@ -59,7 +60,8 @@ class Sweep:
         plain = [m for m in methods if not calibrated(m)]
         rounds = [(plain, None)]
         for source in self.sources:
-            rounds += [([m for m in methods if calibrated(m)], (source, seed)) for seed in self.seeds]
+            seeds = self.seeds if source == self.sources[-1] else self.seeds[:1]
+            rounds += [([m for m in methods if calibrated(m)], (source, seed)) for seed in seeds]
         for todo, chosen in rounds:
             if not todo:
                 continue
