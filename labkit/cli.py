@@ -26,6 +26,7 @@ commands:
   sweep      measure many settings of a technique, into the store
   reproduce  run again a sweep whose results ship with labkit
   generate   let a model write, as one graph, with its pace
+  export     write a model for another runtime
   regress    run the notebooks and compare their numbers with the baselines
   fetch      download and check the model and other assets
   doctor     is everything here that labkit needs?
@@ -257,6 +258,7 @@ def _commands() -> dict:
         "sweep": _sweep_parser,
         "reproduce": _reproduce_parser,
         "generate": _generate_parser,
+        "export": _export_parser,
         "regress": _regress_parser,
         "fetch": _fetch_parser,
         "doctor": _doctor_parser,
@@ -636,6 +638,72 @@ def _run_generate(options) -> None:
         print(piece, end="", flush=True)
     way = "eager" if talk.model is lm else "one graph"
     print(f"\n{talk.tokens} tokens, {talk.rate:.1f} tokens/s ({way})", file=sys.stderr)
+
+
+# labkit export
+
+
+def _export_parser(subparsers) -> Parser:
+    parser = _command(
+        subparsers,
+        "export",
+        None,
+        "Write a model so that another runtime loads it: it leaves the lab.",
+        "labkit export onnx small --out phone\nlabkit export onnx --help",
+        usage="labkit export FORMAT [MODEL] --out PATH ...",
+    )
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True, help="onnx")
+    _onnx_parser(formats)
+    return parser
+
+
+def _export_command(formats, name: str, run, help: str, examples: str) -> Parser:
+    """The parser of one format, with what all have in common: MODEL, --out and --force."""
+    parser = _command(formats, name, run, help, examples)
+    parser.prog = f"labkit export {name}"
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="default", help=MODEL_HELP)
+    parser.add_argument("--out", metavar="PATH", required=True, help="where it goes")
+    parser.add_argument("--force", action="store_true", help="replace what was exported there before")
+    return parser
+
+
+def _onnx_parser(formats) -> None:
+    parser = _export_command(
+        formats,
+        "onnx",
+        _run_export_onnx,
+        "A folder for onnxruntime-genai: the model as one graph, its weights, its tokenizer and genai_config.json.",
+        """
+        labkit export onnx --out folder
+        labkit compress gptq --bits 4 --out small && labkit export onnx small --out phone
+        labkit export onnx small --out phone --head-bits 4 --context 2048 --force
+        """,
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="most tokens, prompt and answer together (what the model was made for)"
+    )
+    for end in ("head", "embedding"):
+        parser.add_argument(
+            f"--{end}-bits",
+            choices=("8", "4", "none"),
+            default="8",
+            help=f"bits of {'an' if end == 'embedding' else 'a'} {end} that is not packed yet; none: fp32 (8)",
+        )
+
+
+def _run_export_onnx(options) -> None:
+    from labkit.export.onnx import onnx, vacant
+
+    out = _place("--out", options.out)
+    vacant(out, options.force)  # known before the work, not after
+    bits = {"head_bits": options.head_bits, "embedding_bits": options.embedding_bits}
+    bits = {name: None if text == "none" else int(text) for name, text in bits.items()}
+    with contextlib.redirect_stdout(sys.stderr):
+        lm = load_model(options.model)
+        onnx(lm, out, context=options.context, overwrite=options.force, **bits)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{lm.name} ({' -> '.join(lm.history) or 'uncompressed'}): {size / 1e6:.1f} MB in {out}")
+    print(f"  onnxruntime-genai loads it: onnxruntime_genai.Model({str(out)!r})")
 
 
 # labkit regress

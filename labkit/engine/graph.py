@@ -20,9 +20,10 @@ from labkit.engine.families import Block, Decoder, rotary_tables
 MICROSOFT = "com.microsoft"
 
 
-def build(decoder: Decoder, folder: Path, context: int, head_bits: int | None, embedding_bits: int | None) -> Graph:
-    """Write ``model.onnx`` and ``weights.bin`` for a decoder into a folder."""
-    graph = Graph(w.Weights(folder / "weights.bin"), decoder)
+def build(decoder: Decoder, folder: Path, context: int, head_bits, embedding_bits, kind: type[Graph] | None = None):
+    """Write ``model.onnx`` and ``weights.bin`` for a decoder into a folder. ``kind``: a Graph that other runtimes bind."""
+    kind = kind or Graph
+    graph = kind(w.Weights(folder / "weights.bin", kind.aligned_from), decoder)
     try:
         graph.decoder_into(context, head_bits, embedding_bits)
     finally:
@@ -33,6 +34,9 @@ def build(decoder: Decoder, folder: Path, context: int, head_bits: int | None, e
 
 class Graph:
     """Nodes in the order in which they are added, the initializers they read, and notes on what could not stay packed."""
+
+    ids, past, present = "ids", "past", "present"  # how inputs and outputs are called
+    aligned_from = 0  # bytes from which on a tensor begins where a mapping may
 
     def __init__(self, weights: w.Weights, decoder: Decoder):
         self.weights, self.d = weights, decoder
@@ -80,13 +84,7 @@ class Graph:
 
     def decoder_into(self, context: int, head_bits: int | None, embedding_bits: int | None) -> None:
         d = self.d
-        ints, floats = TensorProto.INT64, TensorProto.FLOAT
-        self.inputs += [
-            helper.make_tensor_value_info("ids", ints, ["batch", "tokens"]),
-            helper.make_tensor_value_info("rows", ints, ["rows"]),  # the tokens whose logits are wanted
-            helper.make_tensor_value_info("last", TensorProto.INT32, ["batch"]),  # position of the last token
-            helper.make_tensor_value_info("total", TensorProto.INT32, [1]),  # tokens, those in the cache included
-        ]
+        self.entrance()
         for name, table in zip(("cos", "sin"), rotary_tables(d, context)):
             self.weights.add(f"rotary.{name}", table)
         head = self._head_weight(head_bits)
@@ -94,11 +92,26 @@ class Graph:
         for i, block in enumerate(d.blocks):
             x, residual = self.block(f"{i}", block, x, residual)
         x, _ = self.norm("norm", d.norm, x, residual)
-        x = self.node("Gather", [x, "rows"], "wanted", axis=1)
+        x, rows = self.wanted(x)
         logits = self.head(x, head)
         self.nodes[-1].output[0] = "logits"
         assert logits
-        self.outputs.insert(0, helper.make_tensor_value_info("logits", floats, ["batch", "rows", w.rows(d.head)]))
+        shape = ["batch", rows, w.rows(d.head)]
+        self.outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+
+    def entrance(self) -> None:
+        """Declare the inputs but the cache. Attention reads ``last`` and ``total``."""
+        ints, ints32 = TensorProto.INT64, TensorProto.INT32
+        self.inputs += [
+            helper.make_tensor_value_info(self.ids, ints, ["batch", "tokens"]),
+            helper.make_tensor_value_info("rows", ints, ["rows"]),  # the tokens whose logits are wanted
+            helper.make_tensor_value_info("last", ints32, ["batch"]),  # position of the last token
+            helper.make_tensor_value_info("total", ints32, [1]),  # tokens, those in the cache included
+        ]
+
+    def wanted(self, x: str) -> tuple[str, str | int]:
+        """The tokens whose logits are wanted, (batch, rows, hidden), and what their dimension is called."""
+        return self.node("Gather", [x, "rows"], "wanted", axis=1), "rows"
 
     def block(self, at: str, b: Block, x: str, residual: str) -> tuple[str, str]:
         x, residual = self.norm(f"{at}.norm", b.norm, x, residual)
@@ -139,11 +152,11 @@ class Graph:
         qkv = qkv + [""] * (3 - len(qkv))
         shape = ["batch", b.kv_heads, "room", b.head_dim]
         for what in ("key", "value"):
-            for names, way in ((self.inputs, "past"), (self.outputs, "present")):
+            for names, way in ((self.inputs, self.past), (self.outputs, self.present)):
                 names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", TensorProto.FLOAT, shape))
-        inputs = [*qkv, f"past.{at}.key", f"past.{at}.value", "last", "total", "rotary.cos", "rotary.sin"]
+        inputs = [*qkv, f"{self.past}.{at}.key", f"{self.past}.{at}.value", "last", "total", "rotary.cos", "rotary.sin"]
         more = {} if b.window is None else {"local_window_size": b.window}
-        names = [f"{at}.attention", f"present.{at}.key", f"present.{at}.value"]
+        names = [f"{at}.attention", f"{self.present}.{at}.key", f"{self.present}.{at}.value"]
         node = helper.make_node(
             "GroupQueryAttention",
             inputs,
@@ -191,7 +204,8 @@ class Graph:
             return [self.linear(f"{name}.{i}", [m], x)[0] for i, m in enumerate(modules)]
         for i, m in enumerate(modules):
             if not isinstance(m, nn.Linear):
-                kind = ", ".join(f"{k}={v}" for k, v in m.quantized.spec().items() if k != "shape")
+                form = m.quantized.spec() if hasattr(m, "quantized") else {"layer": type(m).__name__}
+                kind = ", ".join(f"{k}={v}" for k, v in form.items() if k != "shape")
                 self.dense.setdefault(kind, []).append(f"{name}.{i}")
         weight = torch.cat([m.weight.detach().float() for m in modules])
         y = self.product_dense(name, weight, x)
@@ -244,14 +258,14 @@ class Graph:
     def embedding(self, bits: int | None, head) -> str:
         d = self.d
         if bits is None:
-            x = self.node("Gather", [self.weights.add("embedding.weight", d.embedding.float()), "ids"], "embedding")
+            x = self.node("Gather", [self.weights.add("embedding.weight", d.embedding.float()), self.ids], "embedding")
         else:
             same = d.tied and head is not None and head.bits == bits
             codes = head if same else w.encode(d.embedding, bits, group(d.embedding.shape[1]))
             size, data, scales, zeros = w.layout([codes])
             inputs = [
                 self.weights.add("embedding.codes", data.reshape(len(data), -1)),
-                "ids",
+                self.ids,
                 self.weights.add("embedding.scales", scales),
             ]
             if zeros is not None:

@@ -24,15 +24,15 @@ def compile(lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int
     """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
 
     ``context``: the most tokens, prompt and answer together. ``head_bits``, ``embedding_bits``: 8, 4 or None (fp32) for
-    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here.
+    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here. On a
+    GPU it is a :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
     Raises :class:`NotCompilable` for a model that one graph cannot compute, ValueError for a bad argument.
     """
-    for name, bits in (("head_bits", head_bits), ("embedding_bits", embedding_bits)):
-        if bits not in (8, 4, None):
-            raise ValueError(f"{name} = {bits!r} is not allowed: it must be 8, 4 or None (fp32).")
-    for name, number in (("context", context), ("threads", threads)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} = {number!r} is not allowed: it must be a whole number, 1 or more.")
+    check(head_bits, embedding_bits, context=context, threads=threads)
+    if lm.device.type == "cuda":
+        from labkit.engine.cuda_graph import GraphedModel
+
+        return GraphedModel(lm, context)
     started = time.perf_counter()
     decoder = read(lm.model)
     context = min(context, decoder.context)
@@ -42,6 +42,16 @@ def compile(lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int
         model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
     model.seconds = time.perf_counter() - started
     return model
+
+
+def check(head_bits, embedding_bits, **counts) -> None:
+    """Raise ValueError for bits that a head or an embedding cannot have, or a count that is neither None nor 1 or more."""
+    for name, bits in (("head_bits", head_bits), ("embedding_bits", embedding_bits)):
+        if bits not in (8, 4, None):
+            raise ValueError(f"{name} = {bits!r} is not allowed: it must be 8, 4 or None (fp32).")
+    for name, number in counts.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} = {number!r} is not allowed: it must be a whole number, 1 or more.")
 
 
 class _scratch:

@@ -24,10 +24,13 @@ KINDS = {
 
 
 class Weights:
-    """The initializers of a graph. Large ones are appended to ``file``, small ones stay in the graph."""
+    """The initializers of a graph. Large ones are appended to ``file``, small ones stay in the graph.
 
-    def __init__(self, file: Path, inline: int = 1024):
-        self.file, self.inline = file, inline
+    Those of ``aligned_from`` bytes or more begin where every system can map them; the gaps before them are holes.
+    """
+
+    def __init__(self, file: Path, aligned_from: int = 0, inline: int = 1024):
+        self.file, self.aligned_from, self.inline = file, aligned_from, inline
         self.initializers: list[TensorProto] = []
         self.sizes: dict[str, int] = {}  # bytes by name
         self._out = file.open("wb")
@@ -40,7 +43,8 @@ class Weights:
         if len(raw) < self.inline:
             proto.raw_data = raw.tobytes()
         else:
-            self._out.seek(-self._out.tell() % ALIGN, 1)
+            step = ALIGN if len(raw) >= self.aligned_from else 64
+            self._out.seek(-self._out.tell() % step, 1)
             proto.data_location = TensorProto.EXTERNAL
             place = {"location": self.file.name, "offset": self._out.tell(), "length": len(raw)}
             for key, value in place.items():
