@@ -40,7 +40,7 @@ class Stats:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         if statistic == "hessian":
-            self.gram = x.T @ x if self.gram is None else self.gram.addmm_(x.T, x)
+            self.gram = _gram(x) if self.gram is None else self.gram.add_(_gram(x))
         elif statistic == "channel_max":
             peak = x.abs().amax(0)
             self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
@@ -86,6 +86,14 @@ class Stats:
             hessian.diagonal()[dead[order]] = 1
             self.factors[damp, act_order] = order, _inverse_factor(hessian, damp), dead
         return self.factors[damp, act_order]
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """xᵀx for x (rows, in). Of such a product numpy computes one half (BLAS's syrk) and copies the other; torch both."""
+    if x.device.type != "cpu":
+        return x.T @ x
+    rows = x.contiguous().numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
