@@ -15,7 +15,8 @@ ROOM = 2048  # the cache is taken whole and ahead, so by default it is not made 
 class GenAIGraph(Graph):
     """input_ids (batch, tokens), attention_mask (batch, total) and the cache go in; logits (batch, 1, rows) come out.
 
-    Texts of a batch that are shorter than the longest are padded at their end, and the mask is 0 there.
+    Only the last token of a text has logits, as when the engine generates; a runtime that checks drafted tokens would
+    need them all. Texts of a batch that are shorter than the longest are padded at their end, and the mask is 0 there.
     """
 
     ids, past, present = "input_ids", "past_key_values", "present"
