@@ -21,14 +21,19 @@ SOURCES = ("manual", "self", "mixed")
 MARKS = (*theme.SERIES, "#555555", "#f0e442")
 
 
-def stored(lm, store=None, windows: int = 8, length: int = 512) -> list[dict]:
-    """The store's rows of this model on the lab's evaluation texts at this size, the newest of each setting."""
+def stored(lm, store=None, windows: int = 8, length: int = 512, kind: str | None = None) -> list[dict]:
+    """The store's rows of this model on the lab's evaluation texts at this size, the newest of each setting.
+
+    ``kind``: methods of one kind only, such as "quantize".
+    """
+    from labkit.method import methods
     from labkit.sweep import text_hashes
 
     hashes = json.dumps(text_hashes(lm, ("manual", "prose"), windows, length), sort_keys=True)
     rows = (Store() if store is None else store).rows(model=f"{lm.name}@{lm.fingerprint}", texts=hashes)
     newest = {(r["method"], r["knobs"], r["calib"]): r for r in rows if r["method"] != "uncompressed"}
-    return list(newest.values())
+    known = methods()
+    return [r for r in newest.values() if kind is None or (r["method"] in known and known[r["method"]].kind == kind)]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
