@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ class Knob:
     high: float | None = None
     step: float | None = None
     choices: tuple | None = None
+    form: tuple[str, str] | None = None  # of a string: a regular expression for all of it, and what it says in words
     stops: tuple = ()  # the positions a slider offers; any value in [low, high] stays valid
     none: str | None = None  # what None means; None is refused where this is None
     help: str = ""
@@ -36,6 +38,8 @@ class Knob:
         """The allowed values in words, for error messages and ``--help``."""
         if self.choices:
             text = "one of " + ", ".join(repr(c) for c in self.choices)
+        elif self.form:
+            text = self.form[1]
         elif self.type is bool:
             text = "True or False"
         elif self.low is not None and self.high is not None:
@@ -80,6 +84,8 @@ class Knob:
             return MISSING
         if self.choices is not None:
             return value if value in self.choices else MISSING
+        if self.form and not re.fullmatch(self.form[0], value):
+            return MISSING
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             return MISSING
         return value
@@ -132,11 +138,11 @@ def check_model(lm, part: str = "history") -> None:
         raise ValueError(f"A LanguageModel, as labkit.load() makes it, is needed here, not {type(lm).__name__}.")
 
 
-def knob(default, low=None, high=None, step=None, choices=None, stops=(), none=None, help=""):
+def knob(default, low=None, high=None, step=None, choices=None, form=None, stops=(), none=None, help=""):
     """Declare a method's field as a knob; see :class:`Knob` for what each argument means."""
     choices = tuple(choices) if choices is not None else None
-    described = {"low": low, "high": high, "step": step, "choices": choices, "stops": tuple(stops), "none": none}
-    return field(default=default, metadata={"knob": described | {"help": help}})
+    described = {"low": low, "high": high, "step": step, "choices": choices, "form": form, "stops": tuple(stops)}
+    return field(default=default, metadata={"knob": described | {"none": none, "help": help}})
 
 
 @dataclass(frozen=True)

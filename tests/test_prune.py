@@ -232,7 +232,10 @@ def test_nothing_and_everything(tiny_lm, windows, cls, sparsity):
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"pattern": "4:2"}, "pattern = '4:2' is not allowed: it must be 'unstructured', or N:M"),
+        (
+            {"pattern": "4:2"},
+            "pattern = '4:2' is not allowed: it must be 'unstructured', or N:M such as '2:4', with N < M",
+        ),
         ({"pattern": "0:4"}, "must be"),
         ({"pattern": "two of four"}, "must be"),
         ({"pattern": "2:4", "sparsity": 0.6}, "sparsity = 0.6 contradicts pattern = '2:4': 2 of 4 are kept, so .* 0.5"),

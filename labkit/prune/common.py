@@ -5,37 +5,36 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from labkit.method import brief, knob
+from labkit.method import knob
 
 SPARSITY = knob(0.5, low=0.0, high=1.0, step=0.05, help="Share of the weights that become zero.")
 PATTERN = knob(
     "unstructured",
+    form=(r"unstructured|[1-9]\d{0,2}:[1-9]\d{0,2}", "'unstructured', or N:M such as '2:4'"),
     stops=("unstructured", "2:4", "4:8"),
-    help="Zeros anywhere, or N:M: of every M neighbours in a row N are kept.",
+    help="Zeros anywhere, or N:M: of every M neighbours in a row N are kept (N < M <= 256).",
 )
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """``"2:4"`` -> (2, 4): keep 2 of each 4 neighbours. ``"unstructured"`` -> None. ValueError for anything else."""
+    """``"2:4"`` -> (2, 4): keep 2 of each 4 neighbours. ``"unstructured"`` -> None."""
     if pattern == "unstructured":
         return None
-    keep, _, of = pattern.partition(":")
-    if keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 256:
-        return int(keep), int(of)
-    raise ValueError(
-        f"pattern = {brief(pattern)} is not allowed: it must be 'unstructured', or N:M with 0 < N < M <= 256, such as '2:4'."
-    )
+    keep, of = map(int, pattern.split(":"))
+    return keep, of
 
 
 def check_pattern(method) -> None:
-    """Raise a ValueError where a pruner's pattern is none, or contradicts its sparsity."""
-    name = type(method).__name__
-    try:
-        pattern = parse_pattern(method.pattern)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
-    if pattern and abs(method.sparsity - (1 - pattern[0] / pattern[1])) > 1e-6:
-        text = f"{pattern[0]} of {pattern[1]} are kept, so sparsity must be {1 - pattern[0] / pattern[1]:g}"
+    """Raise a ValueError where a pruner's pattern keeps none or all, or contradicts its sparsity."""
+    name, pattern = type(method).__name__, parse_pattern(method.pattern)
+    if not pattern:
+        return
+    keep, of = pattern
+    if not keep < of <= 256:
+        allowed = f"{method.knobs()['pattern'].allowed}, with N < M <= 256"
+        raise ValueError(f"{name}.pattern = {method.pattern!r} is not allowed: it must be {allowed}.")
+    if abs(method.sparsity - (1 - keep / of)) > 1e-6:
+        text = f"{keep} of {of} are kept, so sparsity must be {1 - keep / of:g}"
         raise ValueError(f"{name}.sparsity = {method.sparsity:g} contradicts pattern = {method.pattern!r}: {text}.")
 
 
