@@ -60,6 +60,16 @@ def test_every_model_is_timed_both_ways(steps):
     assert all(s.seconds > 0 and s.hollow > 0 and s.bandwidth == 10e9 for s in steps)
 
 
+def test_graphs_can_be_left_out(models):
+    found = breakdown.decode(models, ROOF, rounds=1, tokens=1, graphs=["4-bit"])
+    assert [(s.model, s.way) for s in found][:2] == [("fp32", EAGER), ("4-bit", EAGER)]
+    assert ("fp32", GRAPH) not in [(s.model, s.way) for s in found]
+    text = milliseconds.sentence([*SHOWN[:2], SHOWN[3]])
+    assert "As one graph, 4-bit reads" not in text and "One graph in place of 4-bit's many operators" in text
+    with pytest.raises(ValueError, match="graphs = .* is not allowed: '3-bit' is not one of fp32, 4-bit"):
+        breakdown.decode(models, ROOF, graphs=["3-bit"])
+
+
 def test_bytes_are_those_that_are_held(models, steps):
     layers = [m for m in models["fp32"].model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     weights, head = sum(m.weight.numel() for m in layers), models["fp32"].model.lm_head.weight.numel()
@@ -76,6 +86,15 @@ def test_bytes_are_those_that_are_held(models, steps):
         nbytes,
     ) in graphs.items():  # the same, the norms, and in each of the two blocks where gate and up are split
         assert nbytes == eager[name] + 4 * norms + 2 * 16
+
+
+def test_kernels_are_let_go_of_and_come_back():
+    lm = RTN(bits=4, group_size=16)(tiny(), progress=False)
+    layer, x = lm.model.model.layers[0].mlp.up_proj, torch.randn(1, 64)
+    y, held = layer(x), layer.runtime_nbytes
+    breakdown.release(lm)
+    assert held > 0 and layer.runtime_nbytes == 0
+    assert torch.equal(layer(x), y) and layer.runtime_nbytes == held
 
 
 def test_without_a_kernel_the_stored_bytes_count():

@@ -18,7 +18,7 @@ another's. It is timed in turns with the model itself, so that a machine that dr
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,19 +75,30 @@ class Step:
 
 
 def decode(
-    models: Mapping[str, LanguageModel], roof, context: int = 16, tokens: int = 4, rounds: int = 5, graphs: bool = True
+    models: Mapping[str, LanguageModel],
+    roof,
+    context: int = 16,
+    tokens: int = 4,
+    rounds: int = 5,
+    graphs: Collection[str] | None = None,
 ) -> list[Step]:
     """Each model's decode step, eagerly and, where there is one for it, as one graph; the graphs' heads are not packed.
 
     ``roof``: a Roofline, for its bandwidth. ``context``: tokens in the cache. ``tokens``: decoded in a row, per sample.
-    A graph is built, timed and let go of before the next one. ValueError for a model without a hollow twin.
+    ``graphs``: which models are also timed as a graph, by default all. A graph takes as many bytes as the model that it
+    is made of, and is built, timed and let go of before the next one. ValueError for a model without a hollow twin.
     """
     if not models:
         raise ValueError("decode needs at least one model: decode({'fp32': lm}, roofline.measure()).")
+    graphs = models if graphs is None else graphs
+    if unknown := [name for name in graphs if name not in models]:
+        raise ValueError(f"graphs = {graphs!r} is not allowed: {unknown[0]!r} is not one of {', '.join(models)}.")
     twins = {name: hollow(lm) for name, lm in models.items()}
-    ways = [(name, way) for way in ((EAGER, GRAPH) if graphs else (EAGER,)) for name in models]
+    ways = [(name, EAGER) for name in models] + [(name, GRAPH) for name in models if name in graphs]
     found = []
     for name, way in track(ways, "timing a step's parts", show=False):
+        if way == GRAPH:
+            release(*models.values())
         timed = (_eager if way == EAGER else _as_graph)(models[name], twins[name], context, tokens, rounds)
         if timed is not None:
             found.append(Step(name, way, *timed, roof.bandwidth))
@@ -145,6 +156,15 @@ def as_graph(lm, threads: int | None = None):
         return compile(lm, context=64, head_bits=None, threads=threads)
     except NotCompilable:
         return None
+
+
+def release(*models) -> None:
+    """Make room for a graph: let go of the kernels of packed layers, which are built again when they are needed."""
+    for lm in models:
+        for layer in lm.model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.take_back()
+    memory.trim()
 
 
 def hollow(lm) -> LanguageModel:

@@ -36,6 +36,24 @@ def curve(batch, log):
 explorer = explore(curve, batch=[1, 2, 4, 8, 16], log=False, help={"batch": "sequences at once"})
 """
 
+CHAT = f"""
+import sys, time
+sys.path.insert(0, {str(HERE.parent)!r})
+from tiny_models import tiny
+from labkit.talk import Talk
+from labkit.ui.lessons.chat import Chat
+
+stream = Talk._stream
+
+def slowly(talk):
+    for token in stream(talk):
+        time.sleep(0.1)  # slow enough to be seen
+        yield token
+
+Talk._stream = slowly
+chat = Chat(tiny(), tiny(), prompt="abc", max_new_tokens=40, names=("32 bits", "4 bits"), graph=False)
+"""
+
 
 def write(server, name: str, *cells: str) -> str:
     notebook = nbformat.v4.new_notebook(metadata=KERNEL, cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
@@ -137,6 +155,24 @@ def test_explore_redraws_and_shows_errors(server, lab, record_property):
     book.press("batch", "ArrowLeft")
     book.wait_for_sentence("At batch 8.")
     book.screenshot("explore")
+    assert book.errors == []
+
+
+def test_the_chat_streams_on_enter_and_stops(server, lab):
+    book = lab(write(server, "chat.ipynb", CHAT, "chat"))
+    book.run_all()
+    box = book.page.locator(".labkit-live .widget-text input")
+    box.wait_for(state="visible", timeout=60_000)
+    box.fill("xyz")
+    box.press("Enter")
+    book.wait_for_text("column", r"\b[3-9] tokens, [\d.]+ tokens/s", seconds=20)  # not all at once, but as they come
+    book.screenshot("chat")
+    book.click("Stop")
+    book.wait_for_sentence("Stopped.")
+    assert "40 tokens" not in book.text("column")
+    book.click("Go")
+    book.wait_for_sentence("Both wrote the same text.", seconds=30)
+    assert "40 tokens" in book.text("column")
     assert book.errors == []
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from labkit.measure.breakdown import release
 from labkit.progress import track
 from labkit.talk import Talk, fastest
 from labkit.ui import need, words
@@ -51,14 +52,19 @@ def answers(models: Mapping, prompt: str, max_new_tokens: int = 64, template: bo
     ``template``: put the prompt into the tokenizer's own template for questions; None: where it has one. Progress goes
     through :func:`labkit.progress.track`, which can cancel. ValueError for an empty prompt, or one without room.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt = {prompt!r} is not allowed: it must be a text with at least one word.")
+    check(prompt)
     for name, lm in models.items():
         talk = Talk(lm, prompt, max_new_tokens, chat=has_template(lm) if template is None else template)
         yield Answer(name, "", 0, 0.0)
         for _ in track(iter(talk), f"{name} writes", show=False, total=max_new_tokens):
             yield Answer(name, talk.text, talk.tokens, talk.rate)
         yield Answer(name, talk.text, talk.tokens, talk.rate, done=True)
+
+
+def check(prompt) -> None:
+    """ValueError for a prompt that says nothing."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt = {prompt!r} is not allowed: it must be a text with at least one word.")
 
 
 def has_template(lm) -> bool:
@@ -157,13 +163,22 @@ class Chat(Live):
         prompt, template = self.controls["prompt"].value, self.controls["template"].value
         self.answers, self.error = {}, None
         self._draw()
-        for name in track(list(self.models), "building the graphs", show=False):
-            if name not in self._graphs:
-                self._graphs[name] = fastest(self.models[name]) if self.graph else self.models[name]
-        for answer in answers(self._graphs, prompt, self.max_new_tokens, template):
-            self.answers[answer.model] = answer
-            if answer.done or time.monotonic() - self._drawn >= EVERY:
-                self._draw()
+        check(prompt)  # before a graph is built for it
+        for name in self.models:
+            for answer in answers({name: self._runner(name)}, prompt, self.max_new_tokens, template):
+                self.answers[name] = answer
+                if answer.done or time.monotonic() - self._drawn >= EVERY:
+                    self._draw()
+
+    def _runner(self, name: str):
+        """The model as it runs fastest. A page without scripts has no second Go, and does not keep it."""
+        if not self.graph:
+            return self.models[name]
+        if name not in self._graphs:
+            for _ in track([name], f"building the graph of {name}", show=False):
+                release(*self.models.values())
+                self._graphs[name] = fastest(self.models[name])
+        return self._graphs.pop(name) if self.is_static else self._graphs[name]
 
     def _finished(self) -> None:
         with self._drawing:
@@ -190,7 +205,6 @@ class Chat(Live):
         self.worker.join()
         if not all(name in self.answers and self.answers[name].done for name in self.models):
             self._write()
-            self._graphs.clear()  # nobody will press Go on a page without scripts
         prompt = self.controls["prompt"].value
         said, made = verdict(*self.answers.values()), table(self.answers)
         page = f"<p><b>{html.escape(prompt)}</b></p>{made._repr_html_()}<p>{html.escape(said)}</p>"
