@@ -10,7 +10,7 @@ import labkit
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM, methods_of, read
 from labkit.cache.layer import KVCache
 from labkit.cache.rotary import frequencies, rotate
-from labkit.measure import memory
+from labkit.measure import latency, memory
 from labkit.method import Recipe
 from labkit.quantize import RTN
 from labkit.talk import Talk
@@ -242,6 +242,18 @@ def test_evict_before_the_question_is_known():
     assert torch.allclose(chunk, one_by_one, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", [*SMALL, KIVI(residual=8, group_size=8)], ids=repr)
+def test_a_second_turn_goes_on_with_the_first_ones_cache(policy):
+    small, ids = policy(tiny()), prompt()
+    tokens, _, cache = write(small, ids)
+    turn = torch.cat([ids, tokens, prompt(7, seed=1)], 1)
+    seen = cache.get_seq_length()
+    assert seen == ids.shape[1] + tokens.shape[1] - 1  # the last token was written, not yet read
+    with torch.inference_mode():
+        expected = small.model(turn[:, seen:], past_key_values=_copy(cache)).logits[:, -1]
+    assert torch.allclose(write(small, turn, past_key_values=cache)[1][:, 0], expected, atol=1e-5)
+
+
 def test_reading_shows_what_one_forward_hides():
     lm, ids = tiny(), prompt(50)
     small = RecentKV(budget=10)(lm)
@@ -257,6 +269,20 @@ def test_reading_shows_what_one_forward_hides():
     for bad in ({"prompt": 0}, {"prompt": 51}, {"prompt": 5, "step": 0}, {"prompt": True}):
         with pytest.raises(ValueError, match="must be a whole number from 1 to 50"):
             read(small, ids, **bad)
+
+
+def test_measured_through_the_cache():
+    """labkit.measure must not say that a policy costs nothing, nor trip over a cache that cannot be cut back."""
+    lm, ids = tiny(), prompt(60, rows=2)
+    small = RecentKV(budget=10)(lm)
+    found = labkit.divergence(small, lm, ids)
+    mine, theirs = (torch.cat([read(m, row[None], 30, 16) for row in ids]).log_softmax(-1) for m in (small, lm))
+    kl = (theirs.exp() * (theirs - mine)).sum(-1)[:, :-1].mean()
+    assert found.kl == pytest.approx(float(kl), rel=1e-3) and found.kl > 1e-4
+    run = latency.decode_run(small, 16, 4)
+    for _ in range(2):
+        run()
+    assert latency.decode_run(small, 1, 1)() is None
 
 
 def test_a_cache_that_forgot_cannot_go_back():

@@ -252,17 +252,25 @@ def test_equal_scores_keep_the_newer():
     assert select(scores, 4).tolist() == [[[2, 6, 7, 8]]]
 
 
-def test_rounded_cache_protects_its_newest(text):
+@pytest.mark.parametrize(("prompt", "chunks"), [(PROMPT, [1] * STEPS), (10, [1] * 60), (30, [14, 1, 1, 13, 20])])
+@pytest.mark.parametrize("residual", [0, 8])
+def test_rounded_cache_protects_its_newest(text, prompt, chunks, residual):
     """Under KIVI the tokens that are still in full precision are not evicted, whatever their scores."""
     query, key, value = text
-    cache = KVCache((H2O(budget=20, recent=0.0), KIVI(keys="token", residual=8)), tiny().model.base_model)
+    cache = KVCache(
+        (H2O(budget=20, recent=0.0), KIVI(bits=8, keys="token", residual=residual)), tiny().model.base_model
+    )
     start = 0
-    for new in (PROMPT, *[1] * STEPS):
+    for new in (prompt, *chunks):
         part = slice(start, start + new)
         cache.begin(torch.zeros(1, new, dtype=torch.long), None)
         keys, values = cache.update(key[None, :, part], value[None, :, part], 0)
         attend.attend(MODULE, query[None, :, part], keys, values, None, scaling=WIDTH**-0.5, kv=cache)
-        start += new
-        if start > PROMPT + 8:
-            assert all(set(range(start - 8, start)) <= set(head) for head in cache.layers[0].position[0].tolist())
-    assert cache.layers[0].tokens == 20
+        start, layer = start + new, cache.layers[0]
+        assert layer.tokens == min(start, 20) and layer.k.new.shape[2] == min(start, residual)
+        for head, kept in enumerate(layer.position[0].tolist()):
+            first = (
+                max(prompt, start - residual) if prompt > 20 else start - residual
+            )  # what the prompt evicted is gone
+            assert set(range(max(first, 0), start)) <= set(kept)
+            assert torch.allclose(layer.keys[0, head], key[head, kept], atol=0.05)  # each slot has its own token's key

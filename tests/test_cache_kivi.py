@@ -61,8 +61,8 @@ def test_what_is_stored_is_what_the_equation_says(bits, size, width, tokens, blo
             expected = reference(x[row, head, :rounded].double().numpy(), bits, size, by_channel)
             one_step = (x[row, head].max() - x[row, head].min()) / (2**bits - 1)
             error = (found[row, head, :rounded].double() - torch.from_numpy(expected)).abs()
-            # A number half-way between two codes may go either way in fp32; everything else agrees to its last digits.
-            assert (error > 1e-4).sum() <= 0.01 * error.numel() and (
+            # A number half-way between two codes may go either way in fp32, and so may a minimum between two of fp16.
+            assert (error > 0.01).sum() <= 0.01 * error.numel() and (
                 not error.numel() or error.max() <= 1.01 * one_step
             )
     groups = rounded // size * width if by_channel else rounded * -(-width // size)

@@ -26,6 +26,7 @@ class CacheMethod(Method):
     """A method that acts on the KV cache; the weights stay as they are."""
 
     kind: ClassVar[str] = "cache"
+    lossless_kl: ClassVar[float] = 1e-6  # a text read in pieces, not at once: sums in another order
 
     def apply(self, lm, calib, progress: bool) -> None:
         for index, block in enumerate(blocks(lm.model)):

@@ -24,7 +24,8 @@ class KIVI(CacheMethod):
 
     Codes are packed; each group has an fp16 scale and minimum. The newest ``residual`` values stay in full precision;
     so do keys, until ``residual`` of them can be rounded at once (section 3.3: between 0 and residual - 1 wait). Attention
-    over a prompt uses unrounded keys and values; later queries read what is stored.
+    over a prompt uses unrounded keys and values; later queries read what is stored. In a batch, padding is rounded with
+    the tokens whose group it shares.
     """
 
     paper: ClassVar[str] = (

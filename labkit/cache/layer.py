@@ -28,7 +28,8 @@ class KVCache(Cache):
         self.lengths: torch.Tensor | None = None  # (batch,), tokens of each text so far, padding apart
         self.now: torch.Tensor | None = None  # (batch, new), the places of the new tokens in their text; -1: padding
         self.turned: torch.Tensor | None = None  # (batch, new), the positions with which the rotary module turns them
-        self.padded = False
+        self.padded = False  # some of the new tokens are padding
+        self.limit: int | torch.Tensor | None = None  # what budget() found after the prompt
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A forward with new tokens (batch, new, ...) begins. Gives their rotary positions where the model's own do not do."""
@@ -56,15 +57,16 @@ class KVCache(Cache):
 
     def budget(self) -> int | torch.Tensor:
         """Tokens to keep: a number, or (batch, 1) where texts of different lengths keep a share of theirs."""
-        if self.policy.share is None:
-            return self.policy.budget
-        if not hasattr(self, "prompt"):
-            self.prompt = self.lengths
+        if self.limit is None:
+            self.limit = self.policy.budget if self.policy.share is None else self._part(self.policy.share)
+        return self.limit
+
+    def _part(self, share: float) -> int | torch.Tensor:
         least = self.policy.least
         if self.quantizer is not None and self.policy.at_decode:
             least = max(least, self.quantizer.residual + 1)
-        tokens = (self.policy.share * self.prompt.double()).round().long().clamp(min=least)
-        return int(tokens[0]) if len(tokens.unique()) == 1 else tokens[:, None]
+        tokens = (share * self.lengths.double()).round().long().clamp(min=least)
+        return int(tokens[0]) if bool((tokens == tokens[0]).all()) else tokens[:, None]
 
     def reorder_cache(self, beam_idx):
         self.batch_select_indices(beam_idx)
@@ -77,8 +79,8 @@ class KVCache(Cache):
     def batch_select_indices(self, indices):
         indices = indices.to(self.lengths.device)
         self.lengths = self.lengths[indices]
-        if hasattr(self, "prompt"):
-            self.prompt = self.prompt[indices]
+        if isinstance(self.limit, torch.Tensor):
+            self.limit = self.limit[indices]
         for layer in self.layers:
             layer.batch(indices)
 
@@ -87,8 +89,7 @@ class KVCache(Cache):
         self.lengths = self.lengths - abs(tokens_to_remove)
 
     def reset(self):
-        self.layers, self.lengths, self.padded = [], None, False
-        self.__dict__.pop("prompt", None)
+        self.layers, self.lengths, self.limit = [], None, None
 
 
 class KVLayer(CacheLayerMixin):
@@ -153,18 +154,15 @@ class KVLayer(CacheLayerMixin):
         """bool (batch, heads, new, tokens) for queries of that shape, or None: everything is seen."""
         if query[2] == 1 and self.full and window is None:
             return None
-        see = visible(self.position, self.cache.now, window)
-        see = (
-            see | (self.cache.now < 0)[:, None, :, None]
-        )  # a padding query must see something; nobody reads its output
+        padding = (self.cache.now < 0)[:, None, :, None]  # must see something too, though nobody reads its output
+        see = visible(self.position, self.cache.now, window) | padding
         return see.repeat_interleave(query[1] // see.shape[1], 1)
 
     def attended(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, window: int | None) -> None:
         """The attention is computed: the policy evicts, then what is left is put away."""
         self.waiting = False
-        policy = self.cache.policy
-        if policy is not None and (policy.at_prefill if self.seen == query.shape[2] else policy.at_decode):
-            cache = self.cache
+        cache, policy, prefill = self.cache, self.cache.policy, self.seen == query.shape[2]
+        if policy is not None and (policy.at_prefill if prefill else policy.at_decode):
             known = (query, keys, self.position, cache.now, cache.lengths, scaling, window, self.full)
             step = Step(*known, cache.budget(), self.memory, self.index, cache.depth)
             scores = policy.scores(step)
@@ -172,12 +170,15 @@ class KVLayer(CacheLayerMixin):
             if window is not None and self.seen >= window:  # the next query sees no further back
                 gone = self.position <= (cache.lengths[:, None, None] - window)
                 self.position, self.full = self.position.masked_fill(gone, -1), False
-            if cache.quantizer is not None and not self.whole:
+            if cache.quantizer is not None and not prefill:
+                self._settle(None)
                 scores = cache.quantizer.protect(scores)
             if not self.full:
                 scores = scores.masked_fill(self.position < 0, -torch.inf)
             self._keep(scores, policy.budgets(step, scores))
-        alive = None if self.whole or self.full else self.position >= 0
+        self._settle(None if self.whole or self.full else self.position >= 0)
+
+    def _settle(self, alive: torch.Tensor | None) -> None:
         self.k.settle(alive)
         self.v.settle(alive)
 

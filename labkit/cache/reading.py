@@ -22,8 +22,10 @@ def read(lm, ids: torch.Tensor, prompt: int, step: int = 1) -> torch.Tensor:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= tokens:
             raise ValueError(f"{name} = {brief(value)} is not allowed: it must be a whole number from 1 to {tokens}.")
     out = lm.model(ids[:, :prompt].to(lm.device), use_cache=True)
-    logits = [out.logits]
-    for part in ids[:, prompt:].to(lm.device).split(step, 1) if prompt < tokens else ():
-        out = lm.model(part, past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
+    logits = out.logits.new_empty(ids.shape[0], tokens, out.logits.shape[-1])
+    logits[:, :prompt] = out.logits
+    for start in range(prompt, tokens, step):
+        part = slice(start, start + step)
+        out = lm.model(ids[:, part].to(lm.device), past_key_values=out.past_key_values, use_cache=True)
+        logits[:, part] = out.logits
+    return logits

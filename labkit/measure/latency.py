@@ -6,6 +6,8 @@ operators; and the *engine*, the whole model as one onnxruntime graph, where lit
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from labkit.measure import timing
@@ -97,11 +99,12 @@ def decode_run(lm, context: int, steps: int):
 
     @torch.inference_mode()
     def run():
-        if (grown := cache.get_seq_length() - context) > 0:
-            cache.crop(-grown)
+        kept = cache if cache.is_croppable else copy.deepcopy(cache)  # what a policy has evicted cannot be put back
+        if (grown := kept.get_seq_length() - context) > 0:
+            kept.crop(-grown)
         token = first
         for _ in range(steps):
-            token = lm.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = lm.model(token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1)
 
     return run
 

@@ -2,7 +2,8 @@
 
 Convention: windows do not overlap, no BOS is prepended, each token but a window's first is scored, means are over
 tokens. Error bands are the standard error over windows. Packed weights are multiplied exactly (``labkit.linear.exact``):
-what a kernel's rounding of activations adds is not part of a weight-only method's quality.
+what a kernel's rounding of activations adds is not part of a weight-only method's quality. A model under cache methods
+reads half a window as its prompt, then a few tokens at a time: it must read its cache for their damage to show.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit import text
+from labkit import cache, text
 from labkit.linear import exact
 from labkit.measure.measurement import Quality
 from labkit.measure.reference import remembered
@@ -20,6 +21,8 @@ from labkit.progress import track
 ROWS = (
     64  # tokens whose distributions over the vocabulary are worked on at a time: a window's would take hundreds of MB
 )
+
+STEP = 16  # tokens that a model under cache methods reads at a time after its prompt
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, wh
     before = None if reference is None else remembered(reference, windows)
     for index, ids in enumerate(track(windows, what, progress)):
         ids = ids[None]
-        mine = lm.model(ids.to(lm.device)).logits[0, :-1]
+        mine = _logits(lm, ids.to(lm.device))[0, :-1]
         theirs = None
         if before is not None:
             theirs = before.logits(index)[:-1].to(mine.device)
@@ -77,6 +80,13 @@ def quality(lm, windows: torch.Tensor, reference=None, progress: bool = True, wh
         return found
     (kl_mean, kl_se), (top1, top1_se) = _band([k.clamp(min=0) for k in kl]), _band(same)
     return Quality(found.perplexity, found.perplexity_se, found.tokens, kl_mean, kl_se, top1, top1_se)
+
+
+def _logits(lm, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a window (1, tokens, vocabulary), read through the cache where methods act on it."""
+    if cache.methods_of(lm.model):
+        return cache.read(lm, ids, max(1, ids.shape[1] // 2), min(STEP, ids.shape[1]))
+    return lm.model(ids).logits
 
 
 def _scores(mine: torch.Tensor, next_ids: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
