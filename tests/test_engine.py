@@ -306,3 +306,55 @@ def test_real_model_packed_is_as_close_to_eager_as_rounding_lets_it(lm):
 
     assert 1e-3 < divergence(engine, moved) < 0.02  # the floor, which no faithful engine can be below
     assert divergence(same_kernels, engine) < 1.5 * divergence(engine, moved)
+
+
+# Prompts read with dense weights
+
+
+def packed_lm():
+    return labkit.RTN(bits=4, group_size=32)(shaken(), progress=False)
+
+
+def test_a_dense_prompt_is_exact_and_the_packed_steps_go_on_from_it():
+    lm = packed_lm()
+    plain, both = compile(lm, **DENSE), compile(lm, **DENSE, prefill="dense")
+    for _ in range(2):
+        assert (both.prefill(IDS[:, :30]) - eager(lm)[:, 29]).abs().max() < 1e-4  # no activation is rounded
+        assert (plain.prefill(IDS[:, :30]) - eager(lm)[:, 29]).abs().max() > 1e-4
+        for token in IDS[0, 30:]:
+            assert (both.decode(int(token)) - plain.decode(int(token))).abs().max() < 0.05
+    assert both.length == plain.length == 40
+    assert both.parts["dense, for prompts"] > 0 and both.nbytes == plain.nbytes + both.parts["dense, for prompts"]
+    assert "Prompts of 2 tokens or more" in both.notes[-1] and "Prompts" not in " ".join(plain.notes)
+
+
+@pytest.mark.parametrize("faster_from, expected", [(64, 64), (16, 16), (10**9, None)])
+def test_auto_keeps_the_dense_weights_only_where_they_are_faster(monkeypatch, tmp_path, faster_from, expected):
+    monkeypatch.setattr(policy, "_path", lambda: tmp_path / "known.json")
+    tried = []
+
+    def clock(model, reader, tokens):
+        tried.append(tokens)
+        return 1.0 if (reader is not None) == (tokens >= faster_from) else 2.0
+
+    monkeypatch.setattr(policy, "_prompt", clock)
+    lm = packed_lm()
+    for _ in range(2):
+        model = compile(lm, **DENSE, prefill="auto")
+        assert model.reader is None if expected is None else model.reads_from == expected
+        assert ("dense, for prompts" in model.parts) == (expected is not None)
+        assert sorted(set(tried)) == [16, 64] + [n for n in (256, 512) if n <= model.context]
+        count = len(tried)
+    assert len(tried) == count  # remembered
+
+
+def test_the_crossover_is_measured_on_both(monkeypatch, tmp_path):
+    monkeypatch.setattr(policy, "_path", lambda: tmp_path / "known.json")
+    model = compile(packed_lm(), **DENSE, prefill="auto")
+    assert model.reader is None or model.reads_from in policy.LENGTHS
+    assert model.length == 0
+
+
+def test_an_unknown_way_to_read_prompts():
+    with pytest.raises(ValueError, match="prefill = 'fast' is not allowed: it must be one of packed, dense, auto"):
+        compile(tiny(), prefill="fast")

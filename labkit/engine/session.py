@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,21 +15,29 @@ import torch
 
 from labkit.engine import threads as policy
 from labkit.engine.families import read
-from labkit.engine.graph import build
+from labkit.engine.graph import DenseGraph, build
+from labkit.measure.machine import cores
 from labkit.paths import cache
 
+PREFILLS = ("packed", "dense", "auto")
 STALE = 3600  # seconds after which a folder left behind by a killed process is removed
 
 
-def compile(lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int | None = None) -> CompiledModel:
+def compile(
+    lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int | None = None, prefill: str = "packed"
+) -> CompiledModel:
     """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
 
     ``context``: the most tokens, prompt and answer together. ``head_bits``, ``embedding_bits``: 8, 4 or None (fp32) for
     a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here. On a
     GPU it is a :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
+    ``prefill``: "packed" reads prompts with the weights that decode; "dense" also holds them as fp32, for prompts that are
+    long enough; "auto" measures whether and from how many tokens on that is faster here, and else lets go of them.
     Raises :class:`NotCompilable` for a model that one graph cannot compute, ValueError for a bad argument.
     """
     check(head_bits, embedding_bits, context=context, threads=threads)
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill = {prefill!r} is not allowed: it must be one of {', '.join(PREFILLS)}.")
     if lm.device.type == "cuda":
         from labkit.engine.cuda_graph import GraphedModel
 
@@ -40,8 +49,27 @@ def compile(lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int
         graph = build(decoder, folder, context, head_bits, embedding_bits)
         built = lambda count: CompiledModel(lm, decoder, graph, folder / "model.onnx", context, count)  # noqa: E731
         model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
+    if prefill != "packed":
+        read_densely(model, decoder, head_bits, embedding_bits, measured=prefill == "auto")
     model.seconds = time.perf_counter() - started
     return model
+
+
+def read_densely(model: CompiledModel, decoder, head_bits, embedding_bits, measured: bool) -> None:
+    """Give a model a second graph, of dense weights, for prompts. ``measured``: only from where, and if, it is faster."""
+    with _scratch() as folder:
+        graph = build(decoder, folder, model.context, head_bits, embedding_bits, DenseGraph)
+        session = _open(folder / "model.onnx", cores())
+    least = 2
+    if measured:
+        least = policy.crossover(model, session, graph.weights.nbytes)
+        if least is None:
+            return
+    model.reader, model.reads_from = session, least
+    size = graph.weights.nbytes
+    model.nbytes, model.parts = model.nbytes + size, model.parts | {"dense, for prompts": size}
+    text = f"Prompts of {least} tokens or more are multiplied by dense weights, held beside the packed ones"
+    model.notes = (*model.notes, f"{text} ({size / 1e6:.0f} MB).")
 
 
 def check(head_bits, embedding_bits, **counts) -> None:
@@ -88,6 +116,7 @@ class CompiledModel:
         self._heads = [(b.kv_heads, b.head_dim) for b in decoder.blocks]
         self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
         self._session = _open(path, threads)
+        self.reader, self.reads_from = None, 0  # a second session for prompts, and from how many tokens on it is used
         self._own = threading.local()
 
     # --- whole texts ---
@@ -184,39 +213,50 @@ class _Run:
         import onnxruntime as ort
 
         self.place = ort.OrtValue.ortvalue_from_numpy
-        self.session, self.room, self.length = model._session, room, 0
-        self.binding = self.session.io_binding()
+        self.model = weakref.proxy(model)  # which holds this run
+        self.room, self.length = room, 0
         self.last, self.total = np.zeros(batch, np.int32), np.zeros(1, np.int32)
         self.token, self.row = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
         self.out = np.zeros((1, 1, model._head_rows), np.float32)
-        self._input("last", self.last)
-        self._input("total", self.total)
-        for i, (heads, width) in enumerate(model._heads):
-            for what in ("key", "value"):
-                # calloc: pages that no token has reached yet take no memory.
-                buffer = self.place(np.zeros((batch, heads, room, width), np.float32))
-                self.binding.bind_ortvalue_input(f"past.{i}.{what}", buffer)
-                if room:
-                    self.binding.bind_ortvalue_output(f"present.{i}.{what}", buffer)
+        # calloc: pages that no token has reached yet take no memory.
+        self.buffers = {
+            f"{i}.{what}": self.place(np.zeros((batch, heads, room, width), np.float32))
+            for i, (heads, width) in enumerate(model._heads)
+            for what in ("key", "value")
+        }
+        self.bindings = {}  # session -> its binding to these places, made when it is first used
         self.single = False  # whether the one-token arrays are bound
 
-    def _input(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_ortvalue_input(name, self.place(array))
+    def _bound(self, session):
+        """A session's inputs and outputs, bound to this text's cache."""
+        if session not in self.bindings:
+            binding = self.bindings[session] = session.io_binding()
+            binding.bind_ortvalue_input("last", self.place(self.last))
+            binding.bind_ortvalue_input("total", self.place(self.total))
+            for name, buffer in self.buffers.items():
+                binding.bind_ortvalue_input(f"past.{name}", buffer)
+                if self.room:
+                    binding.bind_ortvalue_output(f"present.{name}", buffer)
+        return self.bindings[session]
 
-    def _step(self, tokens: int) -> None:
-        self.last[:] = self.length + tokens - 1
-        self.total[:] = self.length + tokens
-        self.session.run_with_iobinding(self.binding)
+    def _step(self, session, ids: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Run a session on ids (batch, tokens) after what is in the cache; the logits of ``rows`` are written to ``out``."""
+        binding, single = self._bound(session), ids is self.token
+        if not (single and self.single):
+            binding.bind_ortvalue_input("ids", self.place(ids))
+            binding.bind_ortvalue_input("rows", self.place(rows))
+            binding.bind_ortvalue_output("logits", self.place(out))
+        self.single = single
+        self.last[:] = self.length + ids.shape[1] - 1
+        self.total[:] = self.length + ids.shape[1]
+        session.run_with_iobinding(binding)
+        self.length += ids.shape[1]
 
     def several(self, ids: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Add tokens (batch, tokens); returns the logits (batch, rows, vocabulary) of the tokens at ``rows``."""
-        self.single = False
-        out = np.empty((len(ids), len(rows), self.out.shape[-1]), np.float32)
-        self._input("ids", ids)
-        self._input("rows", rows)
-        self.binding.bind_ortvalue_output("logits", self.place(out))
-        self._step(ids.shape[1])
-        self.length += ids.shape[1]
+        model, out = self.model, np.empty((len(ids), len(rows), self.out.shape[-1]), np.float32)
+        long = model.reader is not None and ids.shape[1] >= model.reads_from
+        self._step(model.reader if long else model._session, ids, rows, out)
         return torch.from_numpy(out)
 
     def begin(self, ids: np.ndarray) -> torch.Tensor:
@@ -228,14 +268,8 @@ class _Run:
             raise ValueError(
                 f"The text has filled the context of {self.room} tokens: rewind, or compile with a larger one."
             )
-        if not self.single:
-            self._input("ids", self.token)
-            self._input("rows", self.row)
-            self.binding.bind_ortvalue_output("logits", self.place(self.out))
-            self.single = True
         self.token[0, 0] = token
-        self._step(1)
-        self.length += 1
+        self._step(self.model._session, self.token, self.row, self.out)
         return torch.from_numpy(self.out)[:, 0]
 
 

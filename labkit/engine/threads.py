@@ -18,6 +18,8 @@ import torch
 from labkit.measure.machine import cores, machine
 from labkit.paths import cache
 
+LENGTHS = (16, 64, 256, 512)  # of the prompts that the crossover to dense weights is looked for with
+
 
 def fastest(build: Callable, nbytes: int):
     """``build(threads)`` with the best number of threads for a model of that many bytes."""
@@ -34,6 +36,40 @@ def fastest(build: Callable, nbytes: int):
     best = min(times, key=times.get)
     _write(_read() | {key: best})
     return model if model.threads == best else build(best)
+
+
+def crossover(model, reader, nbytes: int) -> int | None:
+    """From how many tokens on ``reader``, a session of dense weights, reads a prompt faster; None: at none that was tried.
+
+    Measured once per machine and size of model, and remembered.
+    """
+    key = (
+        f"dense prefill, {machine()}, onnxruntime {_version()}, 2^{max(nbytes, 1).bit_length()} bytes, {model.threads}"
+    )
+    known = _read()
+    if key not in known:
+        lengths = [n for n in LENGTHS if n <= model.context]
+        faster = {n: _prompt(model, reader, n) < _prompt(model, None, n) for n in lengths}
+        slower = [n for n in lengths if not faster[n]]
+        found = next((n for n in lengths if n > max(slower, default=0)), None)
+        _write(_read() | {key: found})
+        return found
+    return known[key] if isinstance(known[key], int) else None
+
+
+def _prompt(model, reader, tokens: int, repeats: int = 3) -> float:
+    """Seconds to read a prompt, the best of some."""
+    model.reader, model.reads_from = reader, 0
+    ids, found = torch.zeros(1, tokens, dtype=torch.long), []
+    try:
+        for _ in range(repeats + 1):  # the first touches memory
+            start = time.perf_counter()
+            model.prefill(ids)
+            found.append(time.perf_counter() - start)
+    finally:
+        model.reader = None
+        model.rewind(0)
+    return min(found[1:])
 
 
 def _step(model, steps: int = 24) -> float:
