@@ -43,7 +43,9 @@ def run(quick: bool) -> list[Row]:
             rows += verdicts(timed, context)
         runs = {"eager fp32": prefill_run(lm, 512), "eager 4-bit": prefill_run(small, 512)}
         runs |= {name: engine_prefill_run(e, s, 512) for name, (s, e) in pairs(lm, small, engines)}
-        runs["engine 4-bit, prompts with dense weights"] = engine_prefill_run(compile(small, prefill="dense"), small, 512)
+        runs["engine 4-bit, prompts with dense weights"] = engine_prefill_run(
+            compile(small, prefill="dense"), small, 512
+        )
         runs |= {name: lambda p=p: p.ask("prefill", 512) for name, p in peers.items()}
         timed = timing.compare(runs, rounds=3 if quick else 7, device="cpu", min_seconds=0, warmup=1)
         for name, t in timed.timings.items():
