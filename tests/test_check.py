@@ -12,7 +12,7 @@ import torch
 import labkit
 from labkit.check import bottleneck, start
 from labkit.check.answer import Note, exercise, number, some_of, whole
-from labkit.measure import roofline
+from labkit.measure import breakdown, roofline
 from labkit.ui.lessons import bottleneck as bench
 
 # Roofs that were not measured, so that the tests do not depend on this machine: ridge at 8 FLOP per byte.
@@ -160,16 +160,24 @@ def test_tokens_per_second():
     _no_answer_leaks(ask, (truth * 8, truth / 4, truth * 1.3), "95", "96")
 
 
-def test_raises_decode(model):
-    def ask(answer, roof=ROOF):
-        return labkit.check.raises_decode(answer, model, roof)
+def test_most_gain():
+    # 50 ms: 20 to read, 20 for kernels, 10 for the framework.
+    steps = [
+        breakdown.Step("4-bit", "one graph", 0.01, 0.001, 1, 1.0),
+        breakdown.Step("fp32", "eager", 0.05, 0.01, 20, 1e3),
+    ]
 
-    assert ask("a") and ask({"a"})
-    assert "zero take fewer bytes" in str(ask({"a", "b"}))
-    assert "side of the ridge" in str(ask("c"))
-    compute_bound = roofline.Roofline("test", 1e12, {"fp32": 1e9}, "modelled")
-    assert ask("c", compute_bound), "the truth is computed, not written down"
-    assert not ask("a", compute_bound)
+    def ask(answer):
+        return labkit.check.most_gain(answer, steps)
+
+    assert ask(5) and ask(4.8) and not ask(6)
+    assert "share that stays" in str(ask(0.2))
+    assert "takes the framework away" in str(ask(50 / 40))
+    assert "takes the reading away" in str(ask(50 / 30))
+    assert "More than that" in str(ask(3)) and "Less than that" in str(ask(8))
+    _no_answer_leaks(ask, (0.2, 50 / 40, 50 / 30, 3, 8), "5.0", "at most 5")
+    empty = [breakdown.Step("fp32", "eager", 0.05, 0.06, 0, 1e3)]  # nothing but the framework
+    assert labkit.check.most_gain(1, empty) and not labkit.check.most_gain(3, empty)
 
 
 def test_prefill_gain(model):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from labkit.check.answer import Note, exercise, hint, near, number, right, some_of, whole
+from labkit.check.answer import Note, exercise, hint, near, number, right, whole
 from labkit.check.start import _model, stored_bits
-from labkit.measure import roofline
+from labkit.measure import breakdown, roofline
 from labkit.ui.lessons import bottleneck as bench
 
 MOST = 100_000  # sequences at once, where the search for a batch size gives up
@@ -63,40 +63,26 @@ def tokens_per_second(answer) -> Note:
     return hint("How many bytes are 70 billion weights at 4 bits? And how often can the H100 read so many in a second?")
 
 
-CHANGES = {
-    "a": "the weights at 4 bits in place of the model's own",
-    "b": "half of the weights set to zero, stored as before",
-    "c": "twice the arithmetic peak",
-}
-
-
-@exercise(some_of(CHANGES))
-def raises_decode(answer, lm=None, roof=None) -> Note:
-    """Which of the changes a, b and c let this model decode faster on this machine at batch 1?"""
-    lm, roof, dtype = _here(lm, roof)
-    shape, bits = roofline.Shape.of(lm), bench.full_bits(lm)
-    faster = roofline.Roof(roof.name, roof.bandwidth, {dtype: 2 * roof.peak(dtype)}, "modelled")
-
-    def work(weight_bits):
-        return roofline.decode_work(shape, 1, bench.CONTEXT, weight_bits, head_bits=bits, activation_bytes=bits / 8)
-
-    now = roof.seconds(work(bits), dtype)
-    seconds = {
-        "a": roof.seconds(work(stored_bits(4, 64)), dtype),
-        "b": roof.seconds(work(bits), dtype),  # a zero that is stored is read, and multiplied
-        "c": faster.seconds(work(bits), dtype),
-    }
-    truth = {name for name, s in seconds.items() if s < 0.98 * now}
-    if answer == truth:
+@exercise(number("how many times as fast"))
+def most_gain(answer, steps=None) -> Note:
+    """What is the most that compression alone can speed up eager decode of the uncompressed model on this machine?"""
+    step = _eager(steps)
+    truth = step.most_gain
+    if near(answer, truth, 0.1):
         return right(
-            f"At batch 1 decode is {roof.bound(work(bits).intensity, dtype)}-bound here: only fewer bytes shorten it. "
-            "Zeros that are stored are read like any other number, and more arithmetic waits for the same bytes."
+            f"At most {truth:.2g}, with weights of no bytes at all: the framework takes {100 / truth:.0f} % of the step, and "
+            "fewer bits do not change that. Amdahl's law. One graph takes away what compression cannot, and then the bytes pay."
         )
-    if "b" in answer and "b" not in truth:
-        return hint("Does a weight that is zero take fewer bytes, when it is stored like all the others?")
-    if "c" in answer and "c" not in truth:
-        return hint("On which side of the ridge is decode at batch 1? Which part of the roof is above it there?")
-    return hint("One of the changes makes a token's bytes fewer. Look for it.")
+    if near(answer, 1 / truth, 0.1):
+        return hint("That is the share that stays. How many times as fast is a step of which only that share is left?")
+    if near(answer * (step.seconds - step.framework), step.seconds, 0.05):
+        return hint("That takes the framework away, as a graph does. What can compression take away, and what not?")
+    if near(answer * (step.seconds - step.reading), step.seconds, 0.05):
+        return hint("That takes the reading away, and leaves the kernels: they too have less to do with fewer weights.")
+    way = "More" if answer < truth else "Less"
+    return hint(
+        f"{way} than that. Suppose the weights had no bytes at all: which part of the first bar would still be there?"
+    )
 
 
 @exercise(number("how many times as fast"))
@@ -128,6 +114,14 @@ def _here(lm, roof):
     lm = _model(lm)
     roof = roofline.measure(device=lm.device.type, progress=False) if roof is None else roof
     return lm, roof, bench.dtype(lm)
+
+
+def _eager(steps) -> breakdown.Step:
+    """The uncompressed model's eager step: the one in the notebook's figure, or measured now."""
+    if steps is None:
+        lm, roof, dtype = _here(None, None)
+        steps = breakdown.decode({dtype: lm}, roof, graphs=())
+    return next(s for s in steps if s.way == breakdown.EAGER)
 
 
 def _way(answer: float, truth: float) -> str:
