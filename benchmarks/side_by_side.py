@@ -9,6 +9,7 @@ from collections.abc import Callable
 from report import Row
 
 import labkit
+from labkit import heap
 from labkit.measure import memory
 
 FASTER = 0.65  # the share of the port's time that labkit may take
@@ -22,7 +23,7 @@ def side_by_side(lm, ways: dict[str, Callable], quick: bool) -> list[Row]:
     for turn in range(1 if quick else 2):  # A B B A
         for name in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
             gc.collect()
-            memory.trim()
+            heap.trim()
             before, start = memory.resident(), time.perf_counter()
             with memory.peak(lm.device) as peak:
                 small = ways[name]()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from labkit import heap
 from labkit.linear import STORED, PackedLinear, exact
 from labkit.progress import track
 
@@ -210,6 +211,8 @@ def walk(
             block.set_submodule(name, compressed(name, module, stats.get(name, Stats())))
         if flow:
             flow.advance(index)
+    del flow
+    heap.trim()
 
 
 def take_place(module: nn.Module, solved) -> nn.Module:

@@ -80,6 +80,7 @@ class Kernel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = False  # each of hundreds of sessions would keep the largest output it ever made
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         # The runtime keeps the codes in its own order, a scale and a sum per block, and the zeros.
         self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel()

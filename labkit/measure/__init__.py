@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from labkit import text
+from labkit import heap, text
 from labkit.measure import memory, roofline, timing
 from labkit.measure.latency import latency as _latency
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
@@ -48,6 +48,7 @@ def measure(
             f"texts = {brief(texts)} is not allowed: it must be one or more corpora or paths of text files."
         )
     found, hashes = {}, {}
+    heap.trim()
     with memory.peak(lm.device) as peak:
         for name in texts:
             ids = text.evaluation(lm, windows, length, name)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit import formats
+from labkit import formats, heap
 from labkit.linear import PackedLinear
 from labkit.measure import memory, timing
 from labkit.measure.latency import decode_run, engine_decode_run
@@ -164,7 +164,7 @@ def release(*models) -> None:
         for layer in lm.model.modules():
             if isinstance(layer, PackedLinear):
                 layer.take_back()
-    memory.trim()
+    heap.trim()
 
 
 def hollow(lm) -> LanguageModel:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -100,12 +99,6 @@ def peak(device: torch.device, every: float = 0.02):
     finally:
         done.set()
         watcher.join()
-
-
-def trim() -> None:
-    """Give memory that was freed back to the system, where the C library can: a peak after it starts from what is used."""
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int | None:
