@@ -29,9 +29,9 @@ def explore(
     Parameters
     ----------
     compute : callable
-        A pure function of the settings. It returns a plotly figure, several figures, ``(figures, sentence)``, or a
-        View. It runs in the background; where it loops over ``labkit.progress.track`` its progress is shown and it
-        can be cancelled.
+        A pure function of the settings. It returns a plotly figure, several figures, ``(figures, sentence)``,
+        ``(figures, sentence, html)`` with a table or a text in HTML below the figures, or a View. It runs in the
+        background; where it loops over ``labkit.progress.track`` its progress is shown and it can be cancelled.
     start : dict, optional
         The values to start from; by default each setting's first.
     help : dict, optional
@@ -146,7 +146,7 @@ def _control(name: str, spec, start: Mapping):
         return spec
     if isinstance(spec, Knob):
         return controls.control(spec, spec.check(start.get(name, spec.default)))
-    if isinstance(spec, bool) or spec in ([False, True], [True, False]):
+    if isinstance(spec, bool) or (isinstance(spec, list | tuple) and {type(v) for v in spec} == {bool}):
         first = spec if isinstance(spec, bool) else spec[0]
         return controls.control(Knob(name, bool, first), start.get(name, first))
     options = list(spec.items()) if isinstance(spec, Mapping) else [(_shown(v), v) for v in spec]
@@ -169,8 +169,8 @@ def _parts(result) -> tuple[tuple, str, str]:
     """What ``compute`` returned, as (figures, sentence, table)."""
     if isinstance(result, View):
         return result.figures, result.sentence, result.table
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], str):
-        return _parts(result[0])[0], result[1], ""
+    if isinstance(result, tuple) and len(result) in (2, 3) and all(isinstance(part, str) for part in result[1:]):
+        return _parts(result[0])[0], result[1], result[2] if len(result) == 3 else ""
     figures = tuple(result) if isinstance(result, (list, tuple)) else (result,)
     for figure in figures:
         if not isinstance(figure, go.Figure):
