@@ -2,6 +2,7 @@
 
 from labkit import export, text
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM
+from labkit.cache.sharing import FewerKVHeads
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
@@ -29,6 +30,7 @@ __all__ = [
     "KIVI",
     "RecentKV",
     "RandomKV",
+    "FewerKVHeads",
     "LanguageModel",
     "Measurement",
     "Method",

@@ -149,9 +149,17 @@ def _encode(lm, text: str) -> torch.Tensor:
 
 def _manual(lm) -> torch.Tensor:
     """The Python manual that ships with every interpreter, all topics in the order of their names."""
+    return _encode(lm, raw("manual"))
+
+
+def raw(source="prose") -> str:
+    """The whole text of a corpus or of a text file, as it was written."""
+    _check_source(source)
+    if source != "manual":
+        return _read(source)
     from pydoc_data.topics import topics
 
-    return _encode(lm, "\n\n".join(topics[name] for name in sorted(topics)))
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def _read(source: str | os.PathLike) -> str:

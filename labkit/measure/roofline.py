@@ -347,6 +347,20 @@ def prefill_work(
     return linears + _attention(s, batch, pairs, read=0, written=tokens, kv_bits=kv_bits)
 
 
+def cache_outweighs_weights(
+    model, batch: int = 1, weight_bits: float = 32, *, head_bits: float | None = None, kv_bits: float = 32
+) -> float:
+    """The context from which on a decode step reads more KV cache than weights, in tokens of each sequence; modelled.
+
+    Weights are read once for the whole batch, a cache for each sequence: with the batch that context shrinks. Arguments as
+    those of :func:`decode_work`.
+    """
+    s = Shape.of(model)
+    rows = [(shape, weight_bits) for shape in s.linears] + [(s.head, _or(head_bits, weight_bits))]
+    weights = sum(out * inputs * _positive("weight_bits", bits) / 8 for (out, inputs), bits in rows)
+    return weights / _attention(s, _whole("batch", batch), pairs=0, read=1, written=0, kv_bits=kv_bits).bytes
+
+
 def _linears_work(s: Shape, tokens: int, outputs: int, weight_bits, head_bits, activation_bytes) -> Work:
     work = linear_work(outputs, *s.head, _or(head_bits, weight_bits), activation_bytes)
     for out_features, in_features in s.linears:
