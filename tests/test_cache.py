@@ -223,6 +223,16 @@ def _copy(cache):
     return copy.deepcopy(cache)
 
 
+@pytest.mark.parametrize("policy", [*SMALL, Recipe(SMALL[5], KIVI(residual=32))], ids=repr)
+def test_sixteen_bit_models(policy):
+    lm, ids = tiny(), prompt(rows=2)
+    lm.model.to(torch.bfloat16)
+    _, logits, cache = write(policy(lm), ids)
+    assert logits.isfinite().all() and cache.layers[0].keys.dtype == torch.bfloat16
+    full = type(policy)() if not isinstance(policy, Recipe) else Recipe(SnapKV(), KIVI())
+    assert torch.equal(write(full(lm), ids)[1], write(lm, ids)[1])
+
+
 def test_beam_search_with_a_full_budget_is_no_policy():
     lm, ids = tiny(), prompt(rows=2)
     plain = lm.model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, **NEW)
@@ -334,6 +344,14 @@ BAD = [
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("cls", [RecentKV, StreamingLLM, H2O, Scissorhands, SnapKV, RandomKV, KIVI])
+def test_every_position_of_a_slider_is_allowed(cls):
+    for knob in cls.knobs().values():
+        assert knob.default in knob.positions()
+        for position in knob.positions():
+            assert knob.check(position) == position
 
 
 def test_weights_and_cache_compose():

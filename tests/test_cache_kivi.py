@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny
 
-from labkit.cache import H2O, KIVI, RecentKV, SnapKV
+from labkit.cache import H2O, KIVI, RecentKV, SnapKV, read
 from labkit.cache.kivi import Rounded
 from labkit.formats.affine import Affine
 from labkit.measure import memory
@@ -111,6 +111,16 @@ def test_eight_bits_write_what_full_precision_writes():
     far = lambda out: float((torch.stack(out.logits) - torch.stack(plain.logits)).abs().max())  # noqa: E731
     assert far(fine) < 0.01 < far(coarse)
     assert torch.equal(fine.logits[0], plain.logits[0])  # attention over the prompt is in full precision
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "Gemma", "GPTNeoX", "OPT", "Phi"])
+def test_families(family):
+    lm, ids = tiny(family), torch.randint(1, 96, (1, 60), generator=torch.Generator().manual_seed(0))
+    plain = read(lm, ids, 40)
+    for keys in ("channel", "token"):
+        fine, coarse = (read(KIVI(bits=b, group_size=8, residual=16, keys=keys)(lm), ids, 40) for b in (8, 2))
+        assert torch.allclose(fine, plain, atol=0.05)
+        assert 0 < (fine - plain).abs().mean() < 0.2 * (coarse - plain).abs().mean()
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.34), (4, 0.22), (2, 0.16)])

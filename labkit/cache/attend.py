@@ -69,31 +69,41 @@ class Step:
     layer: int
     depth: int  # layers of the model
 
-    def attention(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def attention(self, first: int = 0, last: int | None = None, upto: int | None = None) -> torch.Tensor:
         """Attention of the new tokens ``first`` to ``last``, mean over the heads of a KV group: (batch, kv_heads, new, tokens).
 
-        In fp32. No query sees a later token; a padding query sees nothing, so its row is 0.
+        In fp32. No query sees a later token; a padding query sees nothing, so its row is 0. ``upto``: leave out the slots
+        from there on, which none of these queries sees.
         """
-        query = self.query[:, :, first:last].float()
-        (batch, heads, new, width), kv_heads = query.shape, self.keys.shape[1]
-        logits = query.reshape(batch, kv_heads, -1, width) @ self.keys.float().transpose(2, 3) * self.scaling
+        query, keys = self.query[:, :, first:last].float(), self.keys[:, :, :upto].float()
+        (batch, heads, new, width), kv_heads = query.shape, keys.shape[1]
+        logits = query.reshape(batch, kv_heads, -1, width) @ keys.transpose(2, 3) * self.scaling
         logits = logits.view(batch, kv_heads, heads // kv_heads, new, -1)
-        see = self.visible(first, last)
+        see = self.visible(first, last, upto)
         if see is None:
             return logits.softmax(-1).mean(2)
         return logits.masked_fill_(~see[:, :, None], -torch.inf).softmax(-1).nan_to_num_(0).mean(2)
 
-    def visible(self, first: int = 0, last: int | None = None) -> torch.Tensor | None:
+    def visible(self, first: int = 0, last: int | None = None, upto: int | None = None) -> torch.Tensor | None:
         """Which tokens each query sees, bool (batch, kv_heads or 1, new, tokens); None: all."""
         if self.full and self.window is None and self.query.shape[2] == 1:
             return None
-        return visible(self.position, self.now[:, first:last], self.window)
+        return visible(self.position[..., :upto], self.now[:, first:last], self.window)
 
     def column_sums(self) -> torch.Tensor:
         """Attention that each token gets from all new ones together, (batch, kv_heads, tokens), some rows at a time."""
-        (batch, heads, new, _), tokens = self.query.shape, self.keys.shape[2]
+        (batch, heads, new, _), (kv_heads, tokens) = self.query.shape, self.keys.shape[1:3]
+        if new == 1:
+            return self.attention()[:, :, 0]
+        drawn = torch.zeros(batch, kv_heads, tokens, device=self.keys.device)
         rows = max(1, ENTRIES // (batch * heads * tokens))
-        return sum(self.attention(i, i + rows).sum(2) for i in range(0, new, rows))
+        for first in range(0, new, rows):
+            last = min(first + rows, new)
+            upto = (
+                tokens - new + last
+            )  # the new tokens lie last, in order: slots from there on are in these rows' future
+            drawn[..., :upto] += self.attention(first, last, upto).sum(2)
+        return drawn
 
     def recent(self, tokens: int | torch.Tensor) -> torch.Tensor:
         """Which tokens are among the last ``tokens`` of their text, bool (batch, kv_heads, tokens)."""

@@ -65,8 +65,8 @@ class CachePolicy(CacheMethod):
         None,
         low=0.01,
         high=1.0,
-        step=0.01,
-        none="budget counts",
+        stops=(None, 0.1, 0.25, 0.5, 0.75),
+        none="budget in tokens",
         help="The budget as a share of the prompt's tokens, in place of a number of tokens.",
     )
 

@@ -24,7 +24,9 @@ class H2O(CachePolicy):
     )
     why: ClassVar[str] = "a heavy hitter and a new token"
 
-    recent: float = knob(0.5, low=0.0, high=0.99, step=0.05, help="Share of the budget for the newest tokens.")
+    recent: float = knob(
+        0.5, low=0.0, high=0.99, stops=(0.0, 0.25, 0.5, 0.75, 0.9), help="Share of the budget for the newest tokens."
+    )
 
     @property
     def least(self) -> int:

@@ -30,7 +30,11 @@ class Scissorhands(CachePolicy):
     window: int = knob(64, low=1, high=4096, step=1, stops=(16, 32, 64, 128, 400), help="Last queries that vote.")
     recent: int = knob(10, low=0, high=65536, step=1, stops=(0, 10, 32, 64), help="Newest tokens that always stay.")
     drop: float = knob(
-        0.5, low=0.0, high=0.99, step=0.05, help="Share of the budget that is freed at once; 0: one token."
+        0.5,
+        low=0.0,
+        high=0.99,
+        stops=(0.0, 0.25, 0.5, 0.75),
+        help="Share of the budget that is freed at once; 0: one token.",
     )
 
     @property
