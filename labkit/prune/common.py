@@ -47,7 +47,8 @@ def keep_mask(scores: torch.Tensor, sparsity: float, pattern: tuple[int, int] | 
     if pattern:
         return nm_mask(scores, *pattern)
     rows = scores if per == "row" else scores.reshape(1, -1)
-    drop = rows.argsort(dim=1, stable=True)[:, : int(sparsity * rows.shape[1] + 1e-9)]
+    count = int(sparsity * rows.shape[1] + 1e-9)
+    drop = rows.topk(count, dim=1, largest=False, sorted=False).indices
     keep = torch.ones_like(rows, dtype=torch.bool)
     return keep.scatter_(1, drop, False).view_as(scores)
 
@@ -57,8 +58,9 @@ def nm_mask(scores: torch.Tensor, keep: int, of: int) -> torch.Tensor:
     rows, columns = scores.shape
     short = -columns % of
     groups = nn.functional.pad(scores, (0, short), value=-torch.inf).view(rows, -1, of)
-    rank = groups.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-    mask = rank < keep
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(2, groups.topk(keep, dim=2, sorted=False).indices, True)
     if short:
-        mask[:, -1] = rank[:, -1] < -(-keep * (of - short) // of)
+        fewer = -(-keep * (of - short) // of)
+        mask[:, -1] = torch.zeros_like(mask[:, -1]).scatter_(1, groups[:, -1].topk(fewer, dim=1).indices, True)
     return mask.view(rows, -1)[:, :columns]
