@@ -117,7 +117,8 @@ class _Frame:
             for v in _ticks(self.x, self.xlog, (self.right - self.left) / 55):
                 x = self.px(v)
                 out.append(f"<line {GRID} x1='{x:.1f}' x2='{x:.1f}' y1='{self.top:.1f}' y2='{self.bottom:.1f}'/>")
-                out.append(_text(x, self.bottom + 15, _label(v)))
+                if xaxis.showticklabels is not False:
+                    out.append(_text(x, self.bottom + 15, _label(v)))
         out.append(f"<path class='e' {EDGE} d='M{self.left:.1f} {self.bottom:.1f}H{self.right:.1f}'/>")
         if xaxis.title.text:
             out.append(_text((self.left + self.right) / 2, self.bottom + 34, _plain(xaxis.title.text)))

@@ -1,0 +1,194 @@
+"""The duel at equal bytes: the best quantized, the best pruned, and the best pruned and quantized model for a budget.
+
+    rows = front.stored(lm)                       # what the store has of this model
+    explore(lambda **s: view(rows, **s), **settings())
+    table(rows)                                   # the same at every budget
+
+The baseline is fp32, so a pruned row holds fp32 values, while a quantized one is smaller by its nature. To be fair,
+pruned rows are counted with 16-bit values, at 16 × density and their mask (*modelled*); the bits that they hold are
+*measured* and said beside it. Rows with quantized weights are counted as they are held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from labkit.prune.common import parse_pattern
+from labkit.ui import need, theme, words
+from labkit.ui.lessons import front
+from labkit.ui.table import Table
+from labkit.ui.theme import axis, layout
+
+go = need("plotly.graph_objects")
+
+BUDGETS = (16, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2)  # bits per weight
+SIDES = ("quantized", "pruned", "both")
+COLORS = dict(zip(SIDES, (theme.BLUE, theme.ORANGE, theme.GREEN)))
+TEXTS = ("manual", "prose")
+OPEN = "not yet"  # the guess of who has not guessed
+
+
+@dataclass(frozen=True)
+class Fighter:
+    """A row of the store, and what it is counted at."""
+
+    side: str  # one of SIDES
+    name: str  # the method as one types it
+    bits: float  # bits per weight that count
+    held: float  # bits per weight that are held: measured
+    label: str  # how ``bits`` was got: "measured" or "modelled"
+    kl: dict[str, float]  # text -> nats per token
+    decode_ms: float | None
+
+
+def fighters(rows: Sequence[Mapping]) -> list[Fighter]:
+    """The rows that quantize, prune, or do both, on both texts; others are left out."""
+    found = []
+    for row in rows:
+        side = side_of(row)
+        if side is None or any(row.get(f"quality.{t}.kl") is None for t in TEXTS):
+            continue
+        held = row["memory.bits_per_weight"]
+        bits, label = (at_16_bits(row), "modelled") if side == "pruned" else (held, "measured")
+        ms = row.get("engine.decode_ms") or row.get("latency.decode_ms")
+        found.append(Fighter(side, row["repr"], bits, held, label, {t: row[f"quality.{t}.kl"] for t in TEXTS}, ms))
+    return found
+
+
+def side_of(row: Mapping) -> str | None:
+    """Whether a row's method quantizes, prunes, or does both; None for any other."""
+    import labkit
+
+    known, knobs = labkit.methods(), json.loads(row["knobs"])
+    steps = knobs if isinstance(knobs, list) else [[row["method"], knobs]]  # a Recipe's are a list
+    kinds = set()
+    for name, values in steps:
+        if name not in known:
+            return None
+        kinds.add(known[name].kind)
+        if known[name].kind == "prune" and values.get("bits"):
+            kinds.add("quantize")
+    return {("quantize",): "quantized", ("prune",): "pruned", ("prune", "quantize"): "both"}.get(tuple(sorted(kinds)))
+
+
+def at_16_bits(row: Mapping) -> float:
+    """Bits per weight of a pruned row with 16-bit values: a bit for each position, or N:M's places, and what is kept.
+
+    With ``container="dense"`` zeros are stored like the rest, and 16 it is; "csr" takes a 32-bit column for each value.
+    """
+    knobs = json.loads(row["knobs"])
+    knobs = knobs[-1][1] if isinstance(knobs, list) else knobs  # of a Recipe of pruners the last one's count
+    pattern, container = parse_pattern(knobs["pattern"]), knobs.get("container", "auto")
+    kept = pattern[0] / pattern[1] if pattern else 1 - knobs["sparsity"]
+    if container == "dense":
+        return 16.0
+    if container == "csr":
+        return (16 + 32) * kept
+    return 16 * kept + (kept * (pattern[1] - 1).bit_length() if pattern else 1)
+
+
+def best(found: Sequence[Fighter], side: str, budget: float, text: str) -> Fighter | None:
+    """The fighter of a side with the least KL on a text within the budget; None when none fits."""
+    fit = [f for f in found if f.side == side and f.bits <= budget]
+    return min(fit, key=lambda f: f.kl[text], default=None)
+
+
+def settings() -> dict:
+    """The controls of :func:`view`, for ``explore``."""
+    return {"budget": list(BUDGETS), "text": list(TEXTS), "guess": [OPEN, *SIDES]}
+
+
+def view(rows: Sequence[Mapping], budget: float, text: str = "manual", guess: str = OPEN) -> tuple[tuple, str]:
+    """The duel at ``budget`` bits per weight; nothing is told before there is a ``guess``."""
+    found = fighters(rows)
+    if not found:
+        return (front._empty("Equal bytes"),), front._NONE
+    if guess == OPEN:
+        asked = f"At {budget:g} bits per weight, which loses least on {words.the(text)}: "
+        return (_ask(budget),), f"{asked}a model that is quantized, pruned, or both? Guess, and the answer is drawn."
+    chosen = {side: best(found, side, budget, text) for side in SIDES}
+    here = {side: f for side, f in chosen.items() if f}
+    if not here:
+        return (curves(found, budget, text),), f"Nothing in the store is as small as {budget:g} bits per weight."
+    winner = min(here, key=lambda side: here[side].kl[text])
+    said = "Your guess was right" if guess == winner else f"Your guess was {guess}"
+    head = f"At {budget:g} bits per weight, {_called(winner)} loses least on {words.the(text)}. {said}. "
+    told = [_told(side, f, text) for side, f in chosen.items()]
+    return (curves(found, budget, text), bars(here)), head + " ".join(told)
+
+
+def curves(found: Sequence[Fighter], budget: float, text: str) -> go.Figure:
+    """For each side the least KL within a number of bits, as a staircase, and a line at the budget."""
+    data = []
+    for side in SIDES:
+        steps = front.front([(f.bits, f.kl[text]) for f in found if f.side == side])
+        if not steps:
+            continue
+        name = {"both": "pruned and quantized"}.get(side, side)
+        x, y = zip(*[(b, float(f"{k:.4g}")) for b, k in steps])
+        line = {"color": COLORS[side], "width": 2}
+        data.append(go.Scatter(name=name, x=x, y=y, mode="lines+markers", line=line))
+    top = max(f.kl[text] for f in found)
+    low = min(f.kl[text] for f in found if f.kl[text] > 0) if any(f.kl[text] > 0 for f in found) else 1e-3
+    mark = {"color": theme.VERMILION, "width": 2, "dash": "dash"}
+    data.append(go.Scatter(name="budget", x=[budget] * 2, y=[low, top], mode="lines", line=mark, hoverinfo="skip"))
+    return go.Figure(
+        data,
+        layout(
+            f"The best of each within a number of bits, on {words.the(text)}",
+            380,
+            xaxis=axis("bits per weight; pruned: modelled at 16-bit values, others measured"),
+            yaxis=axis("KL, nats per token (measured)", True),
+        ),
+    )
+
+
+def bars(here: Mapping[str, Fighter]) -> go.Figure:
+    """KL of each side's best, on both texts."""
+    data = []
+    for name, color in zip(TEXTS, (theme.BLUE, theme.ORANGE)):
+        x = [{"both": "pruned and quantized"}.get(side, side) for side in here]
+        y = [float(f"{f.kl[name]:.4g}") for f in here.values()]
+        data.append(go.Bar(name=words.the(name), x=x, y=y, marker_color=color))
+    look = {"barmode": "group", "xaxis": axis(), "yaxis": axis("KL, nats per token", rangemode="tozero")}
+    return go.Figure(data, layout("The best within the budget (measured)", 300, **look))
+
+
+def table(rows: Sequence[Mapping], budgets: Sequence[float] = BUDGETS, text: str = "manual") -> Table:
+    """Who wins at every budget, with the least KL of each side."""
+    found, lines = fighters(rows), []
+    for budget in budgets if found else ():
+        chosen = {side: best(found, side, budget, text) for side in SIDES}
+        here = {side: f.kl[text] for side, f in chosen.items() if f}
+        cells = ["–" if side not in here else f"{words.short(here[side])} ({chosen[side].bits:.2f})" for side in SIDES]
+        lines.append((f"{budget:g}", *cells, min(here, key=here.get) if here else "nobody fits"))
+    caption = (
+        f"Least KL on {words.the(text)} (measured), in brackets the bits per weight that count"
+        if found
+        else front._NONE
+    )
+    return Table(
+        ("budget, bits per weight", "quantized", "pruned", "pruned and quantized", "winner"), tuple(lines), caption
+    )
+
+
+def _ask(budget: float) -> go.Figure:
+    note = {"x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper", "showarrow": False, "font": {"size": 13}}
+    note |= {"text": f"{budget:g} bits per weight: your guess?"}
+    return go.Figure([], layout("Equal bytes", 200, xaxis=axis(), yaxis=axis(), annotations=[note]))
+
+
+def _called(side: str) -> str:
+    return {"quantized": "quantizing", "pruned": "pruning", "both": "pruning and quantizing"}[side]
+
+
+def _told(side: str, f: Fighter | None, text: str) -> str:
+    name = {"both": "Pruned and quantized"}.get(side, side.capitalize())
+    if f is None:
+        return f"{name}: nothing in the store is so small."
+    other = next(t for t in TEXTS if t != text)
+    size = f"{f.bits:.2f} bits" if f.label == "measured" else f"{f.bits:.2f} bits modelled, {f.held:.2f} held"
+    ms = f", decode {words.short(f.decode_ms)} ms" if f.decode_ms else ""
+    return f"{name}: {f.name} with {size}, KL {words.short(f.kl[text])} ({words.short(f.kl[other])} on {words.the(other)}){ms}."
