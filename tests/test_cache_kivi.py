@@ -135,6 +135,25 @@ def test_bytes_against_fp32(bits, most):
     assert grows == 4 * (2 * 16 * bits // 8 + 16 * 4 // 32 + 4)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "most"),
+    [
+        ({"bits": 4, "group_size": 64, "residual": 64}, 0.30),
+        ({"bits": 4}, 0.36),  # the paper's groups of 32, and 128 tokens in full precision
+        ({"bits": 2, "group_size": 64, "residual": 64}, 0.18),
+    ],
+)
+def test_bytes_against_bf16_at_2048_tokens(knobs, most):
+    """One head of 64 channels, as the embedded model has them."""
+    x = torch.randn(1, 1, 2048, 64).bfloat16()
+    held = 0
+    for store in KIVI(**knobs).stores():
+        store.append(x)
+        store.settle(None)
+        held += sum(t.untyped_storage().nbytes() for t in store.tensors())
+    assert 0.8 * most < held / (2 * x.nbytes) <= most
+
+
 def test_padding_of_whole_groups_changes_nothing():
     """Texts in a batch share groups of tokens; with padding that fills whole groups each row is as it is alone."""
     small = KIVI(bits=4, group_size=8, residual=16)(tiny())

@@ -45,7 +45,8 @@ def kv_per_token(lm, tokens: int | None = None) -> int:
     which evict or round nothing before that.
     """
     if tokens is None:
-        tokens = min(256 if cache.methods_of(lm.model) else 16, lm.model.config.max_position_embeddings // 2)
+        room = getattr(lm.model.config, "max_position_embeddings", None) or 512
+        tokens = min(256 if cache.methods_of(lm.model) else 16, room // 2)
     ids = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
     with torch.inference_mode():
         kept = lm.model(ids, use_cache=True).past_key_values
