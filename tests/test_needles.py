@@ -91,7 +91,7 @@ def test_seeds_draw_other_needles_and_a_seed_draws_the_same():
 def test_a_model_that_remembers_all_finds_all(hay, kind, question):
     cells = needles.grid(scripted(), (300, 800), (0.1, 0.5, 0.9), kind, question, hay, needles=2)
     assert [(c.length, c.depth) for c in cells] == [(n, d) for n in (300, 800) for d in (0.1, 0.5, 0.9)]
-    assert all(c.found == c.tried == 2 and c.recall == 1 for c in cells)
+    assert all(c.found == c.tried == 2 and c.recall == c.begun == 1 for c in cells)
     assert all(expected == said for c in cells for expected, said in c.answers)
 
 
@@ -99,6 +99,18 @@ def test_a_model_that_remembers_all_finds_all(hay, kind, question):
 def test_a_model_that_forgets_finds_what_is_near(hay, question):
     early, late = needles.grid(scripted(memory=250), (1500,), (0.1, 0.95), "number", question, hay, needles=3)
     assert (early.found, late.found) == (0, 3)
+    assert early.begun < 0.5 and late.begun == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=6))
+def test_begun_counts_to_the_first_wrong_token(pairs):
+    right = 0
+    for wanted, said in pairs:
+        if wanted != said:
+            break
+        right += 1
+    assert needles._begun(tuple(map(list, zip(*pairs)))) == right / len(pairs)
 
 
 def test_when_the_question_is_read(hay):
