@@ -182,6 +182,6 @@ def timeline(run: Run, step: int, layer: int, head: int) -> go.Figure:
             f"In the cache, layer {layer}, KV head {head}",
             340,
             xaxis=axis("token", range=[-0.5, tokens - 0.5], showgrid=False),
-            yaxis=axis("step", range=[len(rows) - 0.5, -0.5], showgrid=False),
+            yaxis=axis("step, 0 at the top", range=[len(rows) - 0.5, -0.5], showgrid=False),
         ),
     )

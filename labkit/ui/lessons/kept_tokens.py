@@ -111,16 +111,17 @@ class KeptTokens:
         mask = self.mask(policy, budget)
         mine, share = mask[layer, head], self.drawn(policy, budget)
         first = self.attention[layer, head, -LAST:, 0].mean()
-        same = float((mask == mine).all(-1).float().mean())
+        same = int((mask == mine).all(-1).sum()) - 1
         text = (
             f"{policy} keeps {int(mine.sum())} of {self.tokens} tokens in layer {layer}, KV head {head}. They get "
             f"{100 * float(share[layer, head]):.0f} % of the attention of the prompt's last {LAST} queries; over all layers "
             f"and heads {100 * float(share.mean()):.0f} %. "
             f"Token 0 alone gets {100 * float(first):.0f} % here and is {'kept' if mine[0] else 'evicted'}."
         )
-        if same == 1:
-            return text + " All layers and heads keep the same tokens."
-        return text + f" {100 * same:.0f} % of the layers' heads keep just these tokens."
+        others = mask.shape[0] * mask.shape[1] - 1
+        return (
+            text + f" Of the {others} other heads of the model {same or 'none'} keep{'s' * (same < 2)} just the same."
+        )
 
 
 def needle_prompt(lm, length: int = 96, depth: float = 0.3) -> torch.Tensor:
@@ -209,7 +210,7 @@ def attention_map(attention: torch.Tensor, kept: torch.Tensor, layer: int, head:
             title,
             380,
             xaxis=axis("key (token looked at)", range=[-0.5, tokens - 0.5], showgrid=False),
-            yaxis=axis("query (token that looks)", range=[tokens - 0.5, -0.5], showgrid=False),
+            yaxis=axis("query (token that looks), first at the top", range=[tokens - 0.5, -0.5], showgrid=False),
         ),
     )
 
@@ -234,6 +235,6 @@ def everywhere(mask: torch.Tensor, layer: int, head: int) -> go.Figure:
             f"Kept, all {layers} layers × {heads} KV heads",
             380,
             xaxis=axis("token", range=[-0.5, tokens - 0.5], showgrid=False),
-            yaxis=axis("layer × heads + head", range=[layers * heads - 0.5, -0.5], showgrid=False),
+            yaxis=axis("layer × heads + head, 0 at the top", range=[layers * heads - 0.5, -0.5], showgrid=False),
         ),
     )

@@ -84,7 +84,9 @@ class Meter:
             line = [texts * self.modelled(name, t) / 1e6 for t in FAR]
             dots = [texts * self.measured(name, t) / 1e6 for t in self.contexts]
             data.append(_line(f"{name} (modelled)", FAR, line, color))
-            data.append(_line(f"{name} (measured)", self.contexts, dots, color) | {"mode": "markers"})
+            data.append(
+                _line(f"{name} (measured)", self.contexts, dots, color) | {"mode": "markers", "showlegend": False}
+            )
         for (name, held), dash, color in zip(
             self.weights.items(), ("dash", "dot", "dashdot"), (theme.VERMILION, theme.ORANGE, theme.GREEN)
         ):
@@ -93,7 +95,7 @@ class Meter:
         return go.Figure(
             data,
             layout(
-                f"KV cache of {texts} text{'s' * (texts > 1)} at once",
+                f"KV cache of {texts} text{'s' * (texts > 1)} at once: dots measured, lines modelled",
                 400,
                 xaxis=axis("tokens of each text", True, dtick=1),
                 yaxis=axis("MB", True, dtick=1),

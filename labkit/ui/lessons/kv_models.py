@@ -37,9 +37,11 @@ def ratio(name: str, tokens: int, texts: int = 1, weights: int = 16, cache: str 
     return texts * kv_bytes(catalogue()[name], tokens, cache) / (PARAMETERS[name] * 1e9 * weights / 8)
 
 
-def crossing(name: str, texts: int = 1, weights: int = 16, cache: str = "bf16") -> int:
-    """Tokens of each text from which on the caches outweigh the weights."""
+def crossing(name: str, texts: int = 1, weights: int = 16, cache: str = "bf16") -> int | None:
+    """Tokens of each text from which on the caches outweigh the weights; None: never."""
     low, high = 0, 1 << 40
+    if ratio(name, high, texts, weights, cache) <= 1:
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ratio(name, middle, texts, weights, cache) > 1 else (middle, high)
@@ -54,8 +56,9 @@ def ratios(texts: int, weights: int, cache: str) -> tuple[go.Figure, str]:
     figure.add_trace(
         go.Scatter(x=[FAR[0], FAR[-1]], y=[1, 1], name="as much cache as model", mode="lines", line_dash="dot")
     )
+    figure.update_layout(margin_t=100)  # room for two rows of names
     figure.update_traces(line_color="#8c8c8c", selector={"name": "as much cache as model"})
-    found = sorted((crossing(n, texts, weights, cache), n) for n in DRAWN)
+    found = sorted((crossing(n, texts, weights, cache), n) for n in DRAWN)  # all of them grow
     said = ", ".join(f"{name} {tokens:,}" for tokens, name in found)
     return figure, f"Tokens from which on the cache outweighs the weights (modelled): {said}."
 
@@ -66,9 +69,12 @@ def table(tokens: int = 8192) -> Table:
     for name, shape in catalogue().items():
         if name not in PARAMETERS:
             continue
+        at = crossing(name)
         own, alone = (kv_bytes(s, tokens) for s in (shape, shape.shared(shape.heads)))
         cells = (shape.kind + (f", window {shape.window}" if shape.window else ""), f"{own / tokens / 1024:,.1f}")
-        rows.append((name, *cells, f"{alone / own:,.0f}x", words.short(ratio(name, tokens)), f"{crossing(name):,}"))
+        rows.append(
+            (name, *cells, f"{alone / own:,.0f}x", words.short(ratio(name, tokens)), f"{at:,}" if at else "never")
+        )
     head = ("model", "sharing", "KB a token", "if no head shared", "cache / weights", "outweighs from, tokens")
     return Table(head, tuple(rows), f"bf16 cache of one text of {tokens:,} tokens and bf16 weights (modelled)")
 

@@ -27,7 +27,7 @@ POLICIES: Mapping[str, Callable[[float], CachePolicy]] = {
     "StreamingLLM": lambda share: StreamingLLM(share=share),
     "H2O": lambda share: H2O(share=share),
     "Scissorhands": lambda share: Scissorhands(share=share, drop=0.0),
-    "SnapKV": lambda share: SnapKV(share=share),
+    "SnapKV": lambda share: SnapKV(share=share, window=8),
 }
 FOUND = ((0.0, theme.VERMILION), (0.5, "#f4f4f4"), (1.0, theme.BLUE))
 WHEN = {"before": "the question is known before eviction", "after": "the question comes after eviction"}
@@ -49,25 +49,25 @@ class NeedleMap:
 
     def settings(self) -> dict:
         """The controls of :meth:`view`, for ``explore``."""
-        return {"question": list(WHEN), "share": [0.1, 0.25, 0.5], "kind": ["number", "food"]}
+        return {"question": list(WHEN), "share": [0.1, 0.25, 0.5], "kind": ["food", "number"]}
 
-    def unmeasured(self, question: str, share: float, kind: str = "number") -> bool:
+    def unmeasured(self, question: str, share: float, kind: str = "food") -> bool:
         """Whether some cell of this setting has still to be measured."""
         return any(key not in self._known for key in self._keys(question, share, kind))
 
-    def cells(self, policy: str, question: str, share: float, kind: str = "number") -> list[list[Cell]]:
+    def cells(self, policy: str, question: str, share: float, kind: str = "food") -> list[list[Cell]]:
         """A row of cells for each depth, one for each length."""
         keys = [key for key in self._keys(question, share, kind) if key[0] == policy]
         self._measure(keys)
         rows = [self._known[key] for key in keys]
         return [rows[i : i + len(self.lengths)] for i in range(0, len(rows), len(self.lengths))]
 
-    def recall(self, policy: str, question: str, share: float, kind: str = "number") -> float:
+    def recall(self, policy: str, question: str, share: float, kind: str = "food") -> float:
         """Share of all needles that this policy finds."""
         cells = [c for row in self.cells(policy, question, share, kind) for c in row]
         return sum(c.found for c in cells) / sum(c.tried for c in cells)
 
-    def view(self, question: str, share: float, kind: str = "number"):
+    def view(self, question: str, share: float, kind: str = "food"):
         """A map for the full cache and one for each policy, and the recall of all in words."""
         names = [FULL, *self.policies]
         self._measure(self._keys(question, share, kind))
@@ -76,7 +76,7 @@ class NeedleMap:
         kept = f"{100 * share:.0f} % of the prompt kept"
         return figures, f"{kept}, {WHEN[question]}. Needles found (measured): {found}."
 
-    def table(self, share: float = 0.25, kind: str = "number") -> Table:
+    def table(self, share: float = 0.25, kind: str = "food") -> Table:
         """Recall of each policy with the question known before eviction, and with a question that comes later."""
         rows = []
         for name in (FULL, *self.policies):
@@ -113,14 +113,15 @@ def picture(name: str, cells: list[list[Cell]]) -> go.Figure:
         {"x": -0.02, "xref": "paper", "xanchor": "right", "y": i, "text": f"{row[0].depth:g}"}
         for i, row in enumerate(cells)
     ]
+    bare = {"showgrid": False, "showticklabels": False, "ticks": ""}
     total = sum(c.found for row in cells for c in row), sum(c.tried for row in cells for c in row)
     return go.Figure(
         [trace],
         layout(
             f"{name}: {total[0]} of {total[1]}",
             260,
-            xaxis=axis("tokens", range=[-0.5, len(cells[0]) - 0.5], showgrid=False, showticklabels=False),
-            yaxis=axis("depth", range=[len(cells) - 0.5, -0.5], showgrid=False, showticklabels=False),
+            xaxis=axis(range=[-0.5, len(cells[0]) - 0.5], **bare) | {"title": {"text": "tokens", "standoff": 24}},
+            yaxis=axis(range=[len(cells) - 0.5, -0.5], **bare) | {"title": {"text": "depth", "standoff": 30}},
             annotations=[centre | note for note in notes],
         ),
     )

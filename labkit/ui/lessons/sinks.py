@@ -20,7 +20,7 @@ from labkit.ui.table import Table
 
 go = need("plotly.graph_objects")
 
-COUNTS = (0, 1, 2, 4, 8, 16)
+COUNTS = (0, 1, 2, 4, 8)
 SMOOTH = 64  # tokens whose losses are averaged for the curve
 
 
