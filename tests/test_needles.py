@@ -126,7 +126,7 @@ def test_when_the_question_is_read(hay):
 def test_key_value_recall(question):
     recall, rows = needles.key_value_recall(scripted(), 20, question=question)
     assert recall == 1 and len(rows) == 20 and all(number == said for _, number, said in rows)
-    recall, rows = needles.key_value_recall(scripted(memory=100), 20, question=question)
+    recall, rows = needles.key_value_recall(scripted(memory=250), 20, question=question)
     found = [number == said for _, number, said in rows]
     assert 0 < recall < 1 and recall == sum(found) / 20 and not any(found[:8]) and found[-1]
     assert len(needles.key_value_recall(scripted(), 20, asked=5, question=question)[1]) == 5

@@ -25,6 +25,7 @@ WORDS = (
     "apple river candle window garden hammer pencil saddle basket mirror bottle ladder button carpet blanket kettle "
     "feather cotton silver copper marble pepper ginger walnut turnip parrot donkey falcon beetle salmon"
 )
+PAIR_QUESTION = "Question: What is the number of the {0}?\nAnswer: The number of the {0} is"
 KINDS = ("number", "food")
 QUESTIONS = ("before", "after")
 
@@ -142,7 +143,7 @@ def key_value_recall(
 ) -> tuple[float, list[tuple[str, str, str]]]:
     """A list of words, each with a two-digit number: the share of words whose number the model finds again.
 
-    Hard for a small model, since all pairs are alike: with its whole cache the embedded one found 4 of 24 (of 12 pairs
+    Hard for a small model, since all pairs are alike: with its whole cache the embedded one found 15 of 48 (12 pairs
     each, four seeds), where guessing finds one in 90. Compare policies with the whole cache, not with 1.
 
     ``asked``: how many words are asked for, spread over the list, by default all. Gives also (word, number, what the
@@ -157,11 +158,11 @@ def key_value_recall(
     pick = random.Random(f"pairs {_whole('seed', seed, 0)}")
     words = pick.sample(known, pairs)
     numbers = [str(pick.randrange(10, 100)) for _ in words]
-    listed = torch.tensor([_ids(lm, "".join(f"{w}: {n}\n" for w, n in zip(words, numbers)))])
+    listed = torch.tensor([_ids(lm, "".join(f"The number of the {w} is {n}.\n" for w, n in zip(words, numbers)))])
     listed_cache = _forward(lm, listed)[1] if question == "after" else None
     found = []
     for i in sorted({k * pairs // asked for k in range(min(asked, pairs))}):
-        ids, wanted = torch.tensor([_ids(lm, f"{words[i]}:")]), _ids(lm, f" {numbers[i]}")
+        ids, wanted = torch.tensor([_ids(lm, PAIR_QUESTION.format(words[i]))]), _ids(lm, f" {numbers[i]}")
         cache, rest = begin(lm, listed, ids, question) if question == "before" else (copy.deepcopy(listed_cache), ids)
         said = write(lm, cache, rest, len(wanted))
         found.append((words[i], numbers[i], _words(lm, said), wanted == said))
