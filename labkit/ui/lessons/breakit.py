@@ -32,6 +32,9 @@ TEXTS = ("manual", "prose")
 OUTLIER = 30.0  # times as large as it was
 WITH = ", with an outlier"
 KL = "KL, nats per token"
+AT_ONCE = (
+    256  # tokens of evaluation text in one forward pass: short windows together, since each pass reads all weights
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Damage:
 
     @property
     def unit(self) -> str:
-        return KL + (f", with {self.blocks} blocks compressed" if self.blocks else "")
+        return KL + (f", with {self.blocks} block{'s' * (self.blocks != 1)} compressed" if self.blocks else "")
 
     def calibration(self, source: str = "mixed", windows: int | None = None) -> torch.Tensor:
         """Windows of a corpus or a file; "random": tokens drawn evenly from the vocabulary."""
@@ -82,13 +85,13 @@ class Damage:
         small = method(lm, calib, progress=False) if self.blocks is None else start_only(method, lm, calib, self.blocks)
         found = {}
         for name, windows in self.texts.items():
-            means = []
-            for index, ids in enumerate(windows):
+            total = 0.0
+            for index, ids in enumerate(windows.split(max(1, AT_ONCE // windows.shape[1]))):
                 if (name, index) not in self._expected:
                     self._expected[name, index] = _predictions(self.lm, ids)
                 expected, mine = self._expected[name, index], _predictions(small, ids)
-                means.append(float((expected.exp() * (expected - mine)).sum(-1).mean().clamp(min=0)))
-            found[name] = sum(means) / len(means)
+                total += float((expected.exp() * (expected - mine)).sum(-1).mean((1,)).clamp(min=0).sum())
+            found[name] = total / len(windows)
         return found
 
     def methods(self, methods: Mapping[str, Method]) -> list[Outcome]:
@@ -141,8 +144,8 @@ class Damage:
 
 
 def _predictions(lm, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token at every place but the last, (tokens - 1, vocabulary)."""
-    return lm.model(ids[None].to(lm.device)).logits[0, :-1].float().log_softmax(-1)
+    """Log-probabilities of each next token: (windows, tokens) -> (windows, tokens - 1, vocabulary)."""
+    return lm.model(ids.to(lm.device)).logits[:, :-1].float().log_softmax(-1)
 
 
 def start_only(method: Method, lm, calib, count: int):
