@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from labkit import text
+from labkit import heap, text
 from labkit.fold import folds, head_dim_of
 from labkit.linear import exact
 from labkit.method import Method
@@ -92,6 +92,7 @@ class Damage:
                 expected, mine = self._expected[name, index], _predictions(small, ids)
                 total += float((expected.exp() * (expected - mine)).sum(-1).mean((1,)).clamp(min=0).sum())
             found[name] = total / len(windows)
+        heap.trim()  # logits over a whole vocabulary were here
         return found
 
     def methods(self, methods: Mapping[str, Method]) -> list[Outcome]:
