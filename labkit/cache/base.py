@@ -29,13 +29,16 @@ class CacheMethod(Method):
     lossless_kl: ClassVar[float] = 1e-6  # a text read in pieces, not at once: sums in another order
 
     def apply(self, lm, calib, progress: bool) -> None:
-        for index, block in enumerate(blocks(lm.model)):
-            for name, module in linears(block):
-                if not torch.isfinite(weight_of(module)).all():
-                    raise ValueError(
-                        f"The weight of {name} in block {index} holds NaN or infinity: load the model again."
-                    )
+        check_weights(lm.model)
         install(lm.model, self)
+
+
+def check_weights(model) -> None:
+    """Raise a ValueError that names the layer where a linear of the decoder holds NaN or infinity."""
+    for index, block in enumerate(blocks(model)):
+        for name, module in linears(block):
+            if not torch.isfinite(weight_of(module)).all():
+                raise ValueError(f"The weight of {name} in block {index} holds NaN or infinity: load the model again.")
 
 
 @dataclass(frozen=True)

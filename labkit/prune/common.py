@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import nn
 
-from labkit.method import knob
+from labkit.method import Method, knob
 
 SPARSITY = knob(0.5, low=0.0, high=1.0, step=0.05, help="Share of the weights that become zero.")
 PATTERN = knob(
@@ -24,18 +27,29 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return keep, of
 
 
-def check_pattern(method) -> None:
-    """Raise a ValueError where a pruner's pattern keeps none or all, or contradicts its sparsity."""
-    name, pattern = type(method).__name__, parse_pattern(method.pattern)
-    if not pattern:
-        return
-    keep, of = pattern
-    if not keep < of <= 256:
-        allowed = f"{method.knobs()['pattern'].allowed}, with N < M <= 256"
-        raise ValueError(f"{name}.pattern = {method.pattern!r} is not allowed: it must be {allowed}.")
-    if abs(method.sparsity - (1 - keep / of)) > 1e-6:
-        text = f"{keep} of {of} are kept, so sparsity must be {1 - keep / of:g}"
-        raise ValueError(f"{name}.sparsity = {method.sparsity:g} contradicts pattern = {method.pattern!r}: {text}.")
+@dataclass(frozen=True)
+class Pruner(Method):
+    """A method that sets weights to zero: so many of them, anywhere or in a pattern that agrees with that number."""
+
+    kind: ClassVar[str] = "prune"
+    lossless: ClassVar[dict] = {"sparsity": 0.0}
+    lossless_kl: ClassVar[float] = 1e-6
+
+    sparsity: float = SPARSITY
+    pattern: str = PATTERN
+
+    def __post_init__(self):
+        super().__post_init__()
+        name, pattern = type(self).__name__, parse_pattern(self.pattern)
+        if not pattern:
+            return
+        keep, of = pattern
+        if not keep < of <= 256:
+            allowed = f"{self.knobs()['pattern'].allowed}, with N < M <= 256"
+            raise ValueError(f"{name}.pattern = {self.pattern!r} is not allowed: it must be {allowed}.")
+        if abs(self.sparsity - (1 - keep / of)) > 1e-6:
+            text = f"{keep} of {of} are kept, so sparsity must be {1 - keep / of:g}"
+            raise ValueError(f"{name}.sparsity = {self.sparsity:g} contradicts pattern = {self.pattern!r}: {text}.")
 
 
 def keep_mask(scores: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None, per: str) -> torch.Tensor:

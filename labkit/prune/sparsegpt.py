@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 
 from labkit.formats import Integer
-from labkit.method import Method, knob
+from labkit.method import knob
 from labkit.prune.allocate import ALLOCATION, allocated
-from labkit.prune.common import PATTERN, SPARSITY, check_pattern, keep_mask, nm_mask, parse_pattern
+from labkit.prune.common import Pruner, keep_mask, nm_mask, parse_pattern
 from labkit.prune.repair import repaired
 from labkit.prune.store import CONTAINER, stored, stored_codes
 from labkit.walk import Stats, walk
@@ -21,7 +21,7 @@ BLOCK = 128  # columns that share one choice of what is dropped
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
+class SparseGPT(Pruner):
     """Drop the weights whose loss the others can make up for best, and update the others.
 
     As in GPTQ, U is the upper Cholesky factor of H⁻¹. A weight's price is w²/U_jj²: the output error that is left when
@@ -30,14 +30,9 @@ class SparseGPT(Method):
     ``bits`` the weights that stay are rounded in the same sweep.
     """
 
-    kind: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Frantar and Alistarh, SparseGPT, ICML 2023, section 3 and algorithm 1"
     calibrated: ClassVar[bool] = True
-    lossless: ClassVar[dict] = {"sparsity": 0.0}
-    lossless_kl: ClassVar[float] = 1e-6
 
-    sparsity: float = SPARSITY
-    pattern: str = PATTERN
     bits: int | None = knob(
         None,
         low=2,
@@ -57,7 +52,6 @@ class SparseGPT(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        check_pattern(self)
         if self.bits and self.container == "csr":
             raise ValueError(
                 "SparseGPT.container = 'csr' is not allowed with bits: codes are stored with a mask, or densely."

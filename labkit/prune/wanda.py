@@ -7,38 +7,29 @@ from typing import ClassVar
 
 import torch
 
-from labkit.method import Method, knob
+from labkit.method import knob
 from labkit.prune.allocate import ALLOCATION, allocated
-from labkit.prune.common import PATTERN, SPARSITY, check_pattern, keep_mask, parse_pattern
+from labkit.prune.common import Pruner, keep_mask, parse_pattern
 from labkit.prune.repair import repaired
 from labkit.prune.store import CONTAINER, stored
 from labkit.walk import Stats, walk
 
 
 @dataclass(frozen=True)
-class Wanda(Method):
+class Wanda(Pruner):
     """Set the weights with the smallest |w|·‖x‖ in each row to zero; x is the weight's input over the calibration.
 
     A small weight on a large input matters more than a large one on a small input. Rows are compared within
     themselves, since each of them is one output. Nothing else is changed, unless ``repair`` is on.
     """
 
-    kind: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Sun et al., Wanda, ICLR 2024, section 3 and algorithm 1"
     calibrated: ClassVar[bool] = True
-    lossless: ClassVar[dict] = {"sparsity": 0.0}
-    lossless_kl: ClassVar[float] = 1e-6
 
-    sparsity: float = SPARSITY
-    pattern: str = PATTERN
     per: str = knob("row", choices=("row", "matrix"), help="Where weights compete to be kept; the paper's is the row.")
     allocation: str = ALLOCATION
     repair: bool = knob(False, help="Fit the kept weights again by least squares (not in the paper).")
     container: str = CONTAINER
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_pattern(self)
 
     def apply(self, lm, calib, progress: bool) -> None:
         pattern = parse_pattern(self.pattern)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from labkit.cache.base import check_weights
 from labkit.linear import STORED
 from labkit.method import Method, knob
-from labkit.walk import blocks, linears, weight_of
+from labkit.walk import blocks, weight_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,8 @@ class FewerKVHeads(Method):
     )
 
     def apply(self, lm, calib, progress: bool) -> None:
+        check_weights(lm.model)
         for index, block in enumerate(blocks(lm.model)):
-            for name, module in linears(block):
-                if not torch.isfinite(weight_of(module)).all():
-                    raise ValueError(
-                        f"The weight of {name} in block {index} holds NaN or infinity: load the model again."
-                    )
             attention = next((m for m in block.modules() if hasattr(m, "k_proj") and hasattr(m, "v_proj")), None)
             if not hasattr(attention, "num_key_value_groups"):
                 raise ValueError(f"{type(lm.model).__name__} has no KV heads that several query heads could share.")
