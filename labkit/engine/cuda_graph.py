@@ -13,6 +13,7 @@ import torch
 from transformers import StaticCache
 
 from labkit.engine.families import NotCompilable
+from labkit.engine.session import encoded, ends_of
 
 WARM = 3  # steps before the recording: libraries choose their kernels and take their memory in these
 
@@ -32,8 +33,7 @@ class GraphedModel:
         self.model, self.device = lm.model, lm.device
         self.context = min(context, getattr(lm.model.config, "max_position_embeddings", context))
         self.threads = torch.get_num_threads()
-        ends = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-        self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+        self.ends = ends_of(lm.model)
         self.cache = StaticCache(config=lm.model.config, max_cache_len=self.context)
         if any(layer.is_sliding for layer in self.cache.layers):
             raise NotCompilable("Its attention slides over a window, whose cache is not addressed by tensors alone")
@@ -80,12 +80,7 @@ class GraphedModel:
 
     def stream(self, prompt: str, max_new_tokens: int = 32) -> Iterator[int]:
         """The greedy continuation, token id by token id, as they are found."""
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-        if ids.shape[1] == 0:
-            raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
-        if ids.shape[1] + max_new_tokens > self.context:
-            text = f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit into the context of"
-            raise ValueError(f"{text} {self.context}: compile with a larger one.")
+        ids = encoded(self, prompt, max_new_tokens)
         token = int(self.prefill(ids).argmax())
         text = self._text
         for left in range(max_new_tokens, 0, -1):
@@ -139,7 +134,7 @@ class GraphedModel:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the cache, which is allocated whole."""
-        return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+        return sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
 
     def __repr__(self) -> str:
         done = " -> ".join(self.history) or "uncompressed"

@@ -82,6 +82,25 @@ def check(head_bits, embedding_bits, **counts) -> None:
             raise ValueError(f"{name} = {number!r} is not allowed: it must be a whole number, 1 or more.")
 
 
+def ends_of(model) -> set[int]:
+    """The tokens at which a transformers model's answers end."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+def encoded(model, prompt: str, max_new_tokens: int) -> torch.Tensor:
+    """A prompt's ids (1, tokens); ValueError where it is empty, or does not fit ``model.context`` with its answer."""
+    ids = model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    if ids.shape[1] == 0:
+        raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
+    if ids.shape[1] + max_new_tokens > model.context:
+        raise ValueError(
+            f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit into the context of "
+            f"{model.context}: compile with a larger one."
+        )
+    return ids
+
+
 class _scratch:
     """A folder in the cache for the graph while it is read. What killed processes left there is removed."""
 
@@ -110,9 +129,7 @@ class CompiledModel:
         self.context, self.threads, self.notes = context, threads, graph.notes
         self.nbytes, self.parts = graph.weights.nbytes, graph.parts
         self.seconds = 0.0
-        generation = getattr(lm.model, "generation_config", None)
-        ends = getattr(generation, "eos_token_id", None)
-        self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+        self.ends = ends_of(lm.model)
         self._heads = [(b.kv_heads, b.head_dim) for b in decoder.blocks]
         self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
         self._session = _open(path, threads)
@@ -133,14 +150,7 @@ class CompiledModel:
 
     def stream(self, prompt: str, max_new_tokens: int = 32) -> Iterator[int]:
         """The greedy continuation, token id by token id, as they are found."""
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-        if ids.shape[1] == 0:
-            raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
-        if ids.shape[1] + max_new_tokens > self.context:
-            raise ValueError(
-                f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit into the context of "
-                f"{self.context}: compile with a larger one."
-            )
+        ids = encoded(self, prompt, max_new_tokens)
         run = _Run(self, 1, self.context)  # of its own: two streams do not mix
         logits = run.begin(self._ids(ids))
         for left in range(max_new_tokens, 0, -1):
