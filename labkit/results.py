@@ -108,7 +108,12 @@ INSERT INTO results VALUES ({", ".join("?" for _ in COLUMNS)}) ON CONFLICT ({", 
 measurement = excluded.measurement, created = excluded.created, shipped = excluded.shipped
 """
 INSERT_NEWER = INSERT + "WHERE results.shipped OR excluded.created > results.created"
-INSERT_SHIPPED = INSERT + "WHERE results.shipped AND excluded.created >= results.created"  # one's own rows stay
+# Whether a row has times: sweeps that only ask for quality leave them out. (A measurement that is no JSON has none.)
+TIMED = "CASE WHEN json_valid({0}.measurement) THEN json_extract({0}.measurement, '$.latency') IS NOT NULL ELSE 0 END"
+INSERT_SHIPPED = INSERT + (  # one's own rows stay, and so do times where the newer row has none
+    "WHERE results.shipped AND excluded.created >= results.created "
+    f"AND {TIMED.format('excluded')} >= {TIMED.format('results')}"
+)
 
 
 class Store:
@@ -143,12 +148,16 @@ class Store:
         return found.measurement if found else None
 
     def find(self, key: Key) -> Found | None:
-        """The row with this key, else the newest of the same experiment from other machines or versions, or None."""
+        """The row with this key, else the same experiment from other machines or versions, or None.
+
+        Of several others those with times come first, then the newest.
+        """
         return self._find(key, KEY[:5])  # all but machine and versions; the primary key starts with them
 
     def _find(self, key: Key, same: tuple[str, ...]) -> Found | None:
         sql = f"""SELECT *, machine = ? AND versions = ? AS here FROM results
-                  WHERE {" AND ".join(f"{c} = ?" for c in same)} ORDER BY here DESC, created DESC"""
+                  WHERE {" AND ".join(f"{c} = ?" for c in same)}
+                  ORDER BY here DESC, {TIMED.format("results")} DESC, created DESC"""
         values = (key.machine, key.versions, *(getattr(key, c) for c in same))
         for *row, here in self._run(lambda con: con.execute(sql, values).fetchall()):
             found = _found(row, bool(here))

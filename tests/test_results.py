@@ -123,6 +123,14 @@ def test_find_prefers_this_machine_then_the_newest_elsewhere(store):
         assert store.find(key(**{column: "other"})) is None
 
 
+def test_find_prefers_a_row_with_times_to_a_newer_one_without(store):
+    store.put(key(machine="A"), measurement(1))
+    store.put(key(machine="B"), measurement(2, latency=False))
+    assert store.find(key()).measurement == measurement(1)
+    store.put(key(), measurement(3, latency=False))
+    assert store.find(key()).measurement == measurement(3, latency=False), "this machine's own row comes first"
+
+
 def test_a_bad_measurement_is_refused_by_name_not_stored(store):
     for bad in ({"weights": 1.5}, {"weights": "much"}, {"peak": True}, {"bits_per_weight": None}):
         m = dataclasses.replace(measurement(), memory=dataclasses.replace(measurement().memory, **bad))
@@ -376,6 +384,15 @@ def test_shipped_rows_are_imported_once_per_content(path, shipped, tmp_path, mon
     ship("b.jsonl", {"key": 1})
     with pytest.warns(UserWarning, match=r"Shipped results are left out: .*b.jsonl, line 1"):
         assert Store(path).get(key()) == measurement(7)
+
+
+def test_a_shipped_row_without_times_does_not_replace_one_with_times(path, shipped):
+    row = example_row()
+    assert row["measurement"]["latency"]
+    bare = row | {"when": "2050-01-01T00:00:00+00:00", "measurement": row["measurement"] | {"latency": None}}
+    for name, rows in {"a.jsonl": [row], "b.jsonl": [bare]}.items():
+        (shipped / name).write_text("\n".join(map(json.dumps, rows)))
+    assert Store(path).get(Key(**row["key"])).latency is not None
 
 
 def test_the_default_store_is_in_the_cache(tmp_path, monkeypatch):
