@@ -579,6 +579,9 @@ def _reproduce_parser(subparsers) -> Parser:
     what.add_argument("--list", action="store_true", help="list the sweeps")
     parser.add_argument("--model", default="default", help=MODEL_HELP)
     parser.add_argument("--out", metavar="FILE", help="where the rows go (default: data/results/NAME.jsonl)")
+    parser.add_argument(
+        "--missing", action="store_true", help="measure only what no machine has: rows that ship are kept as they are"
+    )
     _no_progress(parser)
     return parser
 
@@ -597,7 +600,9 @@ def _run_reproduce(options) -> None:
     out = Path(options.out) if options.out else None
     if out and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {options.out}: there is no such folder. Make it, or name another file.")
-    path = reproduce.reproduce(options.name, load_model(options.model), out=out, progress=options.progress)
+    path = reproduce.reproduce(
+        options.name, load_model(options.model), out=out, progress=options.progress, missing=options.missing
+    )
     print(f"written to {path}")
 
 

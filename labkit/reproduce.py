@@ -48,14 +48,23 @@ class Sweep:
                 found[type(method).__name__, method.key()] = method
         return list(found.values())
 
-    def run(self, lm, store: Store | None = None, progress: bool = True) -> list[Key]:
-        """Measure what the store does not have from this machine; returns the keys of all, the uncompressed first."""
+    def run(self, lm, store: Store | None = None, progress: bool = True, missing: bool = False) -> list[Key]:
+        """Measure what the store does not have from this machine; returns the keys of all, the uncompressed first.
+
+        ``missing``: what any other machine has measured counts as measured (quality and bytes carry over, times do not).
+        """
         from labkit import text
 
         store = Store() if store is None else store
         hashes = text_hashes(lm, TEXTS, self.windows, self.length)
         how = {"texts": TEXTS, "windows": self.windows, "length": self.length, "latency": self.latency}
-        keys = [Key.of(lm, None, hashes)]
+
+        def known(method, calib=None) -> Key | None:
+            """The key of the row that already answers for ``method``."""
+            found = store.find(Key.of(lm, method, hashes, calib)) if missing else None
+            return found and found.key
+
+        keys = [known(None) or Key.of(lm, None, hashes)]
         methods = self.methods()
         plain = [m for m in methods if not calibrated(m)]
         rounds = [(plain, None)]
@@ -66,8 +75,10 @@ class Sweep:
             if not todo:
                 continue
             calib = text.calibration(lm, source=chosen[0], seed=chosen[1]) if chosen else None
-            sweep(lm, todo, store, calib, progress=progress, hashes=hashes, **how)
-            keys += [Key.of(lm, m, hashes, calib) for m in todo]
+            rows = {m: known(m, calib) for m in todo}
+            if new := [m for m, key in rows.items() if key is None]:
+                sweep(lm, new, store, calib, progress=progress, hashes=hashes, **how)
+            keys += [key or Key.of(lm, m, hashes, calib) for m, key in rows.items()]
         return keys
 
 
@@ -85,13 +96,18 @@ def sweeps() -> dict[str, Sweep]:
     return {name: Sweep(name, **settings) for name, settings in fields.items()}
 
 
-def reproduce(name: str, lm, store: Store | None = None, out: Path | None = None, progress: bool = True) -> Path:
-    """Run a shipped sweep here and write its rows to ``data/results/NAME.jsonl``, or to ``out``."""
+def reproduce(
+    name: str, lm, store: Store | None = None, out: Path | None = None, progress: bool = True, missing: bool = False
+) -> Path:
+    """Run a shipped sweep here and write its rows to ``data/results/NAME.jsonl``, or to ``out``.
+
+    ``missing``: only the settings that no machine has measured yet; the rows of the others are taken as they are.
+    """
     known = sweeps()
     if name not in known:
         raise ValueError(f"There is no sweep {name!r}: data/sweeps.toml has {', '.join(known)}.")
     store = Store() if store is None else store
-    keys = known[name].run(lm, store, progress)
+    keys = known[name].run(lm, store, progress, missing)
     path = paths.data() / "results" / f"{name}.jsonl" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     store.export_keys(path, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_models import tiny
 
 import labkit
 from labkit import reproduce
+from labkit.measure.machine import machine
 from labkit.results import Key, Store
 from labkit.sweep import text_hashes
 
@@ -48,6 +50,24 @@ def test_what_is_written_is_found_again(tmp_path, monkeypatch):
     assert other.load(out) == 5
     hashes = text_hashes(lm, reproduce.TEXTS, 1, 32)
     assert other.find(Key.of(lm, labkit.RTN(bits=3, group_size=None), hashes)).here
+
+
+def test_missing_measures_only_what_no_machine_has(tmp_path, monkeypatch):
+    lm = tiny("Llama")
+    one = reproduce.Sweep("s", "x", ({"method": "RTN", "bits": 3, "group_size": 16},), 1, 32, latency=False)
+    two = dataclasses.replace(one, settings=({"method": "RTN", "bits": [3, 4], "group_size": 16},))
+    monkeypatch.setattr(reproduce, "sweeps", lambda: {"s": one})
+    first = reproduce.reproduce("s", lm, Store(tmp_path / "a.sqlite"), tmp_path / "s.jsonl", progress=False)
+    elsewhere = first.read_text().replace(machine(), "another machine")
+    first.write_text(elsewhere)
+    monkeypatch.setattr(reproduce, "sweeps", lambda: {"s": two})
+    for missing, expected in ((True, ["another machine"] * 2 + [machine()]), (False, [machine()] * 3)):
+        store = Store(tmp_path / f"{missing}.sqlite")
+        store.load(first)
+        out = reproduce.reproduce("s", lm, store, tmp_path / "out.jsonl", progress=False, missing=missing)
+        rows = [json.loads(line)["key"] for line in out.read_text().splitlines()]
+        assert [r["machine"] for r in rows] == expected
+        assert [r["method"] for r in rows] == ["uncompressed", "RTN", "RTN"]
 
 
 @pytest.mark.model
