@@ -9,9 +9,11 @@ gate/up) share them. Layers are found by walking, never by a file per architectu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,7 +22,8 @@ from labkit.linear import STORED, PackedLinear, exact
 from labkit.progress import track
 
 STATISTICS = ("none", "channel_norm", "channel_max", "hessian")
-AT_ONCE = 1 << 15  # calibration tokens that pass through a block together; more go twice, in batches, to save memory
+BATCH = (1 << 11, 1 << 14)  # calibration tokens in one batch, on a CPU and on a GPU
+STRIP = 256  # rows of a Gram matrix that are computed together
 
 
 @dataclass
@@ -41,7 +44,9 @@ class Stats:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         if statistic == "hessian":
-            self.gram = _gram(x) if self.gram is None else self.gram.add_(_gram(x))
+            if self.gram is None:
+                self.gram = x.new_zeros(x.shape[1], x.shape[1])
+            _add_gram(self.gram, x)
         elif statistic == "channel_max":
             peak = x.abs().amax(0)
             self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
@@ -89,26 +94,24 @@ class Stats:
         return self.factors[damp, act_order]
 
 
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    """xᵀx for x (rows, in). Of such a product numpy computes one half (BLAS's syrk) and copies the other; torch both."""
-    if x.device.type != "cpu":
-        return x.T @ x
-    rows = x.contiguous().numpy()
-    return torch.from_numpy(rows.T @ rows)
+def _add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """gram += xᵀx for x (rows, in). It is symmetric: of each strip only what is right of the diagonal is multiplied."""
+    for start in range(0, len(gram), STRIP):
+        end = start + STRIP
+        gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """The upper triangular U with UᵀU = (H + damp·mean(diag H)·I)⁻¹, (in, in)."""
-    mean = hessian.diagonal().mean()
+    """The upper triangular R with RᵀR = (H + damp·mean(diag H)·I)⁻¹, (in, in)."""
+    mean, one = hessian.diagonal().mean(), torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Cholesky from the last column backwards gives H = UUᵀ with U upper triangular, so H⁻¹ = U⁻ᵀU⁻¹ and R = U⁻¹.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            # H = LLᵀ, so H⁻¹ = L⁻ᵀL⁻¹; of its two triangular factors GPTQ needs the one with UᵀU = H⁻¹.
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
+            return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
         damp = 10 * damp
         if damp > 1e4:
             raise ValueError(
@@ -198,19 +201,16 @@ def walk(
 
         def compressed(name: str, module: nn.Module, stats: Stats, path: str = f"{prefix}.{index}") -> nn.Module:
             weight = weight_of(module).detach().float()
-            if not torch.isfinite(weight).all():
+            if not torch.isfinite(weight.sum()):  # one NaN or infinity is enough to spoil it
                 text = f"The weight of {path}.{name} holds NaN or infinity: load the model again or check its file."
                 raise ValueError(text)
             return take_place(module, solve(weight, stats, f"{path}.{name}"))
 
-        if flow and len(flow.hidden) == 1:
+        if flow:
             flow.compress(index, statistic, compressed)
             continue
-        stats = flow.gather(index, statistic) if flow else {}
         for name, module in list(linears(block)):
-            block.set_submodule(name, compressed(name, module, stats.get(name, Stats())))
-        if flow:
-            flow.advance(index)
+            block.set_submodule(name, compressed(name, module, Stats()))
     del flow
     heap.trim()
 
@@ -243,22 +243,23 @@ class _Stop(Exception):
 
 
 class _Due(nn.Module):
-    """Stands in for a linear until its input arrives: then the linear is compressed, and computes its output."""
+    """Stands in for a linear: a batch that arrives waits until the linear is compressed, then goes through it."""
 
-    def __init__(self, compress: Callable[[torch.Tensor], nn.Module]):
+    def __init__(self, name: str, linear: nn.Module):
         super().__init__()
-        self.compress, self.done = compress, None
+        self.name, self.linear, self.done = name, linear, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.done is None:
-            self.done = self.compress(x)
+            getcurrent().parent.switch((self.name, x))
         return self.done(x)
 
 
 class Flow:
     """The hidden states between blocks, and the other arguments (masks, rotary tables) that each block takes.
 
-    ``hidden``: batches of (windows, length, width); all in one while they are no more than ``AT_ONCE`` tokens.
+    ``hidden``: batches (windows, length, width) of about ``BATCH`` tokens. Small ones, since what a block makes on its way
+    then stays in the processor's caches, and is never there for all the tokens at once.
     """
 
     def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor):
@@ -266,7 +267,7 @@ class Flow:
         self.extra: list[tuple[tuple, dict]] = [((), {})] * len(stack)
         self.hidden: list[torch.Tensor] = []
         self._capture(model, calib[:1], everything=True)  # made for one window, these fit any number of them
-        for ids in calib.split(max(1, AT_ONCE // calib.shape[1])):
+        for ids in calib.split(max(1, BATCH[calib.device.type != "cpu"] // calib.shape[1])):
             self._capture(model, ids, everything=False)
 
     def _capture(self, model, ids: torch.Tensor, everything: bool) -> None:
@@ -293,85 +294,71 @@ class Flow:
             for h in handles:
                 h.remove()
 
-    def compress(self, index: int, statistic: str, compressed: Callable[[str, nn.Module, Stats], nn.Module]) -> None:
-        """Replace each linear of a block by ``compressed(name, module, stats)``, all in the pass that makes ``hidden``."""
+    def visit(
+        self, index: int, statistic: str, each: Callable[[str, nn.Module, Stats], nn.Module]
+    ) -> list[torch.Tensor]:
+        """Run a block on all batches, in step; each linear becomes ``each(name, module, stats)`` when all have reached it.
+
+        Returns the block's outputs. Every batch runs in a coroutine of its own, which stops where a linear is due.
+        """
         block, seen = self.stack[index], WeakTensorKeyDictionary()
-        layers = dict(linears(block))
-
-        def due(name: str, module: nn.Module) -> _Due:
-            def compress(x: torch.Tensor) -> nn.Module:
-                if x not in seen:
-                    seen[x] = Stats()
-                    seen[x].add(x, statistic)
-                    seen[x].check(f"{name} in block {index}")
-                return compressed(name, module, seen[x])
-
-            return _Due(compress)
-
-        waiting = {name: due(name, module) for name, module in layers.items()}
-        for name, stand_in in waiting.items():
+        due = {name: _Due(name, module) for name, module in linears(block)}
+        for name, stand_in in due.items():
             block.set_submodule(name, stand_in)
+        batches = [greenlet(lambda hidden=hidden: self.run(index, hidden)) for hidden in self.hidden]
+        for batch in batches:
+            batch.gr_context = copy_context()  # what exact() has set holds in there too
         try:
-            self.hidden = [self.run(index, hidden) for hidden in self.hidden]
-            for name, stand_in in waiting.items():  # an expert that no token was sent to has no statistics
-                stand_in.done = stand_in.done or compressed(name, layers[name], Stats())
+            at = [batch.switch() for batch in batches]  # (the linear that is due, its input), or in the end the output
+            while waiting := [i for i, batch in enumerate(batches) if not batch.dead]:
+                name = min((at[i][0] for i in waiting), key=list(due).index)  # experts: not all batches come to each
+                here = [i for i in waiting if at[i][0] == name]
+                first = at[here[0]][1]
+                if first not in seen:  # else another linear has read the same tensors: q/k/v, gate/up
+                    seen[first] = Stats()
+                    for i in here:
+                        seen[first].add(at[i][1], statistic)
+                    seen[first].check(f"{name} in block {index}")
+                due[name].done = each(name, due[name].linear, seen[first])
+                del first
+                for i in here:
+                    at[i] = None  # only the batch itself now holds its input
+                    at[i] = batches[i].switch()
+            for name, stand_in in due.items():  # an expert that no token was sent to has no statistics
+                stand_in.done = stand_in.done or each(name, stand_in.linear, Stats())
+            return at
         finally:
-            for name, stand_in in waiting.items():
-                block.set_submodule(name, stand_in.done or layers[name])
+            for batch in batches:
+                batch.throw()  # those that an error left waiting end here
+            for name, stand_in in due.items():
+                block.set_submodule(name, stand_in.done or stand_in.linear)
+
+    def compress(self, index: int, statistic: str, compressed: Callable[[str, nn.Module, Stats], nn.Module]) -> None:
+        """Replace each linear of a block by ``compressed(name, module, stats)``, and go on to the next block."""
+        self.hidden = self.visit(index, statistic, compressed)
 
     def gather(self, index: int, statistic: str) -> dict[str, Stats]:
-        """The statistics of one block's linears; linears that were handed the same tensor share one object."""
+        """The statistics of one block's linears as they are; linears that were handed the same tensor share one object."""
         found: dict[str, Stats] = {}
-        leaders: dict[str, str] = {}  # linear -> the linear whose Stats it shares
-        seen: dict[int, str] = {}
-        order: list[str] = []
-        names = dict(linears(self.stack[index]))
 
-        def hook_for(name: str):
-            def hook(module, args):
-                x = args[0]
-                if name not in leaders:  # first batch: find out who shares
-                    leaders[name] = seen.setdefault(id(x), name)
-                    order.append(name)
-                    keep.append(x)  # an id is only unique while its tensor lives
-                if leaders[name] == name:
-                    found.setdefault(name, Stats()).add(x, statistic)
-                    # After the first batch the last leader is known: what follows is not needed for statistics.
-                    if not keep and name == last[0]:
-                        raise _Stop
+        def note(name: str, module: nn.Module, stats: Stats) -> nn.Module:
+            found[name] = stats
+            return module
 
-            return hook
+        self.visit(index, statistic, note)
+        return {name: stats for name, stats in found.items() if stats.count}
 
-        keep: list[torch.Tensor] = []
-        last = [""]
-        handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in names.items()]
-        try:
-            for hidden in self.hidden:
-                try:
-                    self.run(index, hidden)
-                except _Stop:
-                    continue
-                finally:
-                    keep.clear()
-                    last[0] = [name for name in order if leaders[name] == name][-1]
-        finally:
-            for h in handles:
-                h.remove()
-        for name, stats in found.items():
-            stats.check(f"{name} in block {index}")
-        return {name: found[leader] for name, leader in leaders.items()}
-
-    def few(self, windows: int) -> torch.Tensor:
-        """The hidden states of the first windows of the first batch, (windows, length, width); :meth:`run` takes them."""
-        return self.hidden[0][:windows]
+    def few(self, windows: int | None) -> torch.Tensor:
+        """The hidden states of the first windows, or of all (None): (windows, length, width), which :meth:`run` takes."""
+        return torch.cat(self.hidden[:windows])[:windows]
 
     def advance(self, index: int) -> None:
-        """Run the (compressed) block: its outputs are the next block's inputs. The last block's are not needed."""
+        """Run the block as it is: its outputs are the next block's inputs. The last block's are not needed."""
         if index + 1 < len(self.stack):
             self.hidden = [self.run(index, hidden) for hidden in self.hidden]
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One block's output for hidden states (windows, length, width) of one of the batches in ``self.hidden``."""
+        """One block's output for hidden states (windows, length, width)."""
         args, kwargs = self.extra[index]
         out = self.stack[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

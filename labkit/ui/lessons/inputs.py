@@ -43,7 +43,7 @@ class Inputs:
     def run(self, block: int, windows: int | None = None) -> torch.Tensor:
         """One block's output (windows, length, width), for the first windows or for all."""
         self.flow.hidden = self._hidden[block]
-        return self.flow.run(block, self._hidden[block][0][:windows])
+        return self.flow.run(block, self.flow.few(windows))
 
     def of(self, block: int, kind: str) -> torch.Tensor:
         """The layer's input, fp32 (tokens, in)."""
