@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from labkit.linear import exact
+from labkit.measure.quality import token_kl
 from labkit.walk import set_weight
 
 
@@ -29,7 +30,7 @@ class Probe:
         finally:
             for layer, weight in before.items():
                 layer.weight = weight
-        return (self.reference.exp() * (self.reference - now)).sum(-1).mean().clamp(min=0).item()
+        return token_kl(self.reference, now).mean().clamp(min=0).item()
 
     @exact()
     @torch.no_grad()

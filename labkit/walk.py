@@ -143,6 +143,11 @@ def blocks(model) -> nn.ModuleList:
     return best
 
 
+def path_of(module: nn.Module, model: nn.Module) -> str:
+    """Where a module is in its model, such as ``"model.layers"``."""
+    return next(name for name, m in model.named_modules() if m is module)
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller."""
     return isinstance(module, (nn.Linear, *STORED)) or _is_conv1d(module)
@@ -191,7 +196,7 @@ def walk(
     if statistic not in STATISTICS:
         raise ValueError(f"statistic = {statistic!r} is not allowed: it must be one of {', '.join(STATISTICS)}.")
     stack = blocks(lm.model)
-    prefix = next(name for name, m in lm.model.named_modules() if m is stack)
+    prefix = path_of(stack, lm.model)
     flow = Flow(lm.model, stack, calib.to(lm.device)) if statistic != "none" else None
     for index in track(range(len(stack)), what, progress):
         block = stack[index]

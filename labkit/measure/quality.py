@@ -89,6 +89,11 @@ def _logits(lm, ids: torch.Tensor) -> torch.Tensor:
     return lm.model(ids).logits
 
 
+def token_kl(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """KL(before ‖ after) in nats, of log-probabilities (…, vocabulary): (…). Of equal ones it can come out just below 0."""
+    return (before.exp() * (before - after)).sum(-1)
+
+
 def _scores(mine: torch.Tensor, next_ids: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
     """Sums over some tokens of (nll, KL, agreement), from logits (tokens, vocabulary); the last two 0 without theirs."""
     mine = mine.float().log_softmax(-1)
@@ -96,7 +101,7 @@ def _scores(mine: torch.Tensor, next_ids: torch.Tensor, theirs: torch.Tensor | N
     if theirs is None:
         return torch.tensor([nll.item(), 0.0, 0.0], dtype=torch.float64)
     theirs = theirs.float().log_softmax(-1)
-    kl = (theirs.exp() * (theirs - mine)).sum(-1).sum()
+    kl = token_kl(theirs, mine).sum()
     same = (mine.argmax(-1) == theirs.argmax(-1)).sum()
     return torch.tensor([nll.item(), kl.item(), same.item()], dtype=torch.float64)
 

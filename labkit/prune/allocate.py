@@ -12,7 +12,7 @@ from labkit.method import knob
 from labkit.probe import Probe
 from labkit.progress import track
 from labkit.prune.common import keep_mask
-from labkit.walk import Flow, blocks, linears, unpack, weight_of
+from labkit.walk import Flow, blocks, linears, path_of, unpack, weight_of
 
 ALLOCATION = knob(
     "uniform",
@@ -52,7 +52,7 @@ def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callabl
             pruned = {m: w * keep_mask(scores[m], method.sparsity, None, "row") for m, w in weights.items()}
             worth.append(math.log(max(probe.cost(pruned), 1e-9)))
     shares = spread(worth, sizes, method.sparsity)
-    prefix = next(name for name, m in lm.model.named_modules() if m is stack)
+    prefix = path_of(stack, lm.model)
     return lambda path: shares[int(path.removeprefix(f"{prefix}.").partition(".")[0])]
 
 

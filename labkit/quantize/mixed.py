@@ -14,7 +14,7 @@ from labkit.progress import track
 from labkit.quantize.awq import scaling
 from labkit.quantize.common import GROUP_SIZE, rounded
 from labkit.quantize.gptq import WINDOWS, gptq
-from labkit.walk import Stats, linears, unpack, walk, weight_of
+from labkit.walk import Stats, linears, path_of, unpack, walk, weight_of
 from labkit.walk import blocks as blocks_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that a layer may get
@@ -63,7 +63,7 @@ def sensitivity(lm, ids: torch.Tensor, group_size: int | None, progress: bool = 
     of the widths, {bits: error}; the number of weights.
     """
     stack = blocks_of(lm.model)
-    prefix = next(name for name, m in lm.model.named_modules() if m is stack)
+    prefix = path_of(stack, lm.model)
     layers = {f"{prefix}.{i}.{n}": m for i, block in enumerate(stack) for n, m in linears(block)}
     probe, damage, errors, sizes = Probe(lm, ids), {}, {}, {}
     for path, layer in track(layers.items(), "trying each layer at 3 bits", progress, total=len(layers)):

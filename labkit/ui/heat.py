@@ -42,6 +42,12 @@ def heat(
     )
 
 
+def mark(x: Sequence[float], y: Sequence[float], width: float = 3) -> go.Scatter:
+    """An orange line over a heat map, between the points (x[i], y[i]): where the view is now."""
+    line = {"color": theme.ORANGE, "width": width}
+    return go.Scatter(x=list(x), y=list(y), mode="lines", line=line, showlegend=False, hoverinfo="skip")
+
+
 def cells(trace, px, py) -> str:
     """A heat map's cells as one SVG path for each shade; ``px`` and ``py`` map data to pixels."""
     paths: dict[int, list[str]] = {}

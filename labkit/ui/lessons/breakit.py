@@ -19,6 +19,7 @@ from torch import nn
 from labkit import heap, text
 from labkit.fold import folds, head_dim_of
 from labkit.linear import exact
+from labkit.measure.quality import token_kl
 from labkit.method import Method
 from labkit.progress import track
 from labkit.quantize import GPTQ, RTN, SmoothQuant
@@ -90,7 +91,7 @@ class Damage:
                 if (name, index) not in self._expected:
                     self._expected[name, index] = _predictions(self.lm, ids)
                 expected, mine = self._expected[name, index], _predictions(small, ids)
-                total += float((expected.exp() * (expected - mine)).sum(-1).mean((1,)).clamp(min=0).sum())
+                total += float(token_kl(expected, mine).mean(1).clamp(min=0).sum())
             found[name] = total / len(windows)
         heap.trim()  # logits over a whole vocabulary were here
         return found

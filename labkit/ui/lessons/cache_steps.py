@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from labkit.measure.quality import token_kl
 from labkit.progress import track
 from labkit.ui import heat, need, theme, words
 from labkit.ui.lessons.kept_tokens import BUDGETS, POLICIES, Ahead, as_html, kept_of, pieces, under
@@ -95,7 +96,7 @@ class CacheSteps:
                     mine, full = _predicted(out), self.full[step]
                     run.kept.append(kept_of(out.past_key_values, self.prompt + step))
                     run.top.append(int(mine.argmax()))
-                    run.kl.append(float((full.exp() * (full - mine)).sum().clamp(min=0)))
+                    run.kl.append(float(token_kl(full, mine).clamp(min=0)))
                 self._known[policy, budget] = run
             return self._known[policy, budget]
 
@@ -168,14 +169,7 @@ def timeline(run: Run, step: int, layer: int, head: int) -> go.Figure:
         there = kept[layer, head].tolist()
         rows.append([1.0 if k else None for k in there] + [None] * (tokens - len(there)))
     hover = "token %{x} is in the cache at step %{y}<extra></extra>"
-    line = go.Scatter(
-        x=[-0.5, tokens - 0.5],
-        y=[step] * 2,
-        mode="lines",
-        line={"color": theme.ORANGE, "width": 2},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    line = heat.mark([-0.5, tokens - 0.5], [step] * 2, width=2)
     return go.Figure(
         [heat.heat(rows, 0.0, 1.0, ((0.0, theme.BLUE), (1.0, theme.BLUE)), hover=hover, bar=False), line],
         layout(

@@ -98,14 +98,7 @@ def change(run: Run, column: int) -> go.Figure:
     z = ((run.states[column] - run.states[0]) / run.step).tolist()
     rows, columns = run.step.shape
     hover = "column %{x} in the order, row %{y}: %{z:+.2f} steps<extra></extra>"
-    line = go.Scatter(
-        x=[column - 0.5] * 2,
-        y=[-0.5, rows - 0.5],
-        mode="lines",
-        line={"color": theme.ORANGE, "width": 3},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    line = heat.mark([column - 0.5] * 2, [-0.5, rows - 0.5])
     return go.Figure(
         [heat.heat(z, -REACH, REACH, heat.SIGNED, "grid steps", hover), line],
         layout(

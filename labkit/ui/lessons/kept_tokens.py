@@ -221,14 +221,7 @@ def everywhere(mask: torch.Tensor, layer: int, head: int) -> go.Figure:
     rows = mask.flatten(0, 1).float().masked_fill(~mask.flatten(0, 1), torch.nan).tolist()
     hover = "token %{x}, layer and head %{y}<extra></extra>"
     here = layer * heads + head
-    line = go.Scatter(
-        x=[-0.5, tokens - 0.5],
-        y=[here] * 2,
-        mode="lines",
-        line={"color": theme.ORANGE, "width": 2},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    line = heat.mark([-0.5, tokens - 0.5], [here] * 2, width=2)
     return go.Figure(
         [heat.heat(rows, 0.0, 1.0, ((0.0, theme.BLUE), (1.0, theme.BLUE)), hover=hover, bar=False), line],
         layout(

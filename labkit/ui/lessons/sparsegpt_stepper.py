@@ -96,14 +96,7 @@ def repairs(run: Run, step: int) -> go.Figure:
     z = (_cells(moved, width).sum(-1) / _cells(there.float(), width).sum(-1).clamp(min=1)).sqrt() / rms
     rows, across = z.shape
     hover = f"columns from {width}·%{{x}} on, row %{{y}}: moved by %{{z:.2f}} (RMS)<extra></extra>"
-    line = go.Scatter(
-        x=[done / width - 0.5] * 2,
-        y=[-0.5, rows - 0.5],
-        mode="lines",
-        line={"color": theme.ORANGE, "width": 3},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    line = heat.mark([done / width - 0.5] * 2, [-0.5, rows - 0.5])
     return go.Figure(
         [heat.heat(z.tolist(), 0, REACH, heat.GROWING, "RMS weights", hover), line],
         layout(
