@@ -75,9 +75,9 @@ class Step:
         In fp32. No query sees a later token; a padding query sees nothing, so its row is 0. ``upto``: leave out the slots
         from there on, which none of these queries sees.
         """
-        query, keys = self.query[:, :, first:last].float(), self.keys[:, :, :upto].float()
+        query, keys = self.query[:, :, first:last].float() * self.scaling, self.keys[:, :, :upto].float()
         (batch, heads, new, width), kv_heads = query.shape, keys.shape[1]
-        logits = query.reshape(batch, kv_heads, -1, width) @ keys.transpose(2, 3) * self.scaling
+        logits = query.reshape(batch, kv_heads, -1, width) @ keys.transpose(2, 3)
         logits = logits.view(batch, kv_heads, heads // kv_heads, new, -1)
         see = self.visible(first, last, upto)
         if see is None:

@@ -46,7 +46,7 @@ class CachePolicy(CacheMethod):
     """Evicts tokens from the KV cache. A policy is one scoring function, :meth:`scores`, and its knobs.
 
     - ``at_prefill``, ``at_decode``: when it acts: after the first forward of a text, after every later one, or both.
-    - ``rerotates``: keys are turned to their place in the shortened cache; otherwise they keep their true positions.
+    - ``rerotates``: keys are turned as if what is left were the whole text; otherwise they keep their true positions.
     - ``least``: the smallest budget that the knobs in ``room`` leave room for, and ``why``, what takes that room.
     """
 

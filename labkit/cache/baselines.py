@@ -47,8 +47,10 @@ class RandomKV(CachePolicy):
 
     def scores(self, step) -> torch.Tensor:
         heads = torch.arange(step.position.shape[1], device=step.position.device)[:, None]
-        lots = lot(step.position.long(), heads, step.layer, self.seed)
-        return lots.masked_fill_(step.recent(self.recent), torch.inf)
+        held = 0 if step.memory is None else step.memory.shape[-1]  # these have drawn theirs
+        lots = lot(step.position[..., held:].long(), heads, step.layer, self.seed)
+        step.memory = lots if held == 0 else torch.cat([step.memory, lots], -1)
+        return step.memory.masked_fill(step.recent(self.recent), torch.inf)
 
 
 def lot(position: torch.Tensor, head: torch.Tensor, layer: int, seed: int) -> torch.Tensor:

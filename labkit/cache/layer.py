@@ -7,8 +7,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from labkit.cache.attend import Step, visible
 from labkit.cache.base import CachePolicy
-from labkit.cache.rotary import frequencies, rotate
-from labkit.cache.store import Plain, ranked, select
+from labkit.cache.rotary import cos_sin, frequencies, turn
+from labkit.cache.store import Plain, ranked, select, writable
 
 
 class KVCache(Cache):
@@ -27,9 +27,9 @@ class KVCache(Cache):
         self.whole = True
         self.lengths: torch.Tensor | None = None  # (batch,), tokens of each text so far, padding apart
         self.now: torch.Tensor | None = None  # (batch, new), the places of the new tokens in their text; -1: padding
-        self.turned: torch.Tensor | None = None  # (batch, new), the positions with which the rotary module turns them
         self.padded = False  # some of the new tokens are padding
         self.limit: int | torch.Tensor | None = None  # what budget() found after the prompt
+        self._gap: tuple[torch.Tensor, ...] | None = None
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A forward with new tokens (batch, new, ...) begins. Gives their rotary positions where the model's own do not do."""
@@ -46,14 +46,27 @@ class KVCache(Cache):
         self.whole = all(layer.whole for layer in self.layers)
         if self.turning is None:
             return None
-        held = self.now.new_zeros(batch) if not self.layers else (self.layers[0].position[:, 0] >= 0).sum(1)
-        self.turned = (held[:, None] + order).clamp(min=0)
-        return self.turned
+        return self.now.clamp(min=0)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         while len(self.layers) <= layer_idx:
             self.layers.append(KVLayer(self, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def gap(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(slots, cos, sin): the slots of tokens (batch, 1, tokens) that gaps lie behind, and the turn that closes these.
+
+        Only distances count in rotary attention: turning the few tokens before a gap is turning all the others back.
+        Computed by the first layer of a forward, and the same in the others.
+        """
+        if self._gap is None or not torch.equal(self._gap[0], position):
+            empty = position < 0
+            place = position.argsort(-1).argsort(-1) - empty.sum(-1, keepdim=True)  # among the tokens that are left
+            evicted = self.lengths[:, None, None] - (~empty).sum(-1, keepdim=True)
+            by = (place - position + evicted).masked_fill(empty, 0)
+            slots = by.any(1).any(0).nonzero()[:, 0]
+            self._gap = position, slots, *cos_sin(by[..., slots], self.turning)
+        return self._gap[1:]
 
     def budget(self) -> int | torch.Tensor:
         """Tokens to keep: a number, or (batch, 1) where texts of different lengths keep a share of theirs."""
@@ -103,9 +116,9 @@ class KVLayer(CacheLayerMixin):
         make = cache.quantizer.stores if cache.quantizer is not None else lambda: (Plain(), Plain())
         self.k, self.v = make()
         self.position: torch.Tensor | None = None  # int32 (batch, kv_heads, tokens), -1: empty; only under a policy
-        self.turned: torch.Tensor | None = None  # int32, the rotary position with which each key is held
         self.memory: torch.Tensor | None = None  # the policy's, (batch, kv_heads, ..., tokens)
         self.seen, self.whole, self.full, self.waiting = 0, True, True, False
+        self.shuffled = False  # slots are not in the order of the text, since swap() has filled gaps
 
     @property
     def is_initialized(self) -> bool:
@@ -133,22 +146,24 @@ class KVLayer(CacheLayerMixin):
             )
         heads, new = key_states.shape[1:3]
         self.waiting, self.seen = True, self.seen + new
+        if self.shuffled and new > 1:
+            self._take(self.position.argsort(-1))
         self.k.append(key_states)
         self.v.append(value_states)
         cache = self.cache
         if cache.policy is not None:
             self.position = _longer(self.position, cache.now, heads)
             self.full = self.full and not cache.padded
-        if cache.turning is not None:
-            self.turned = _longer(self.turned, cache.turned.int(), heads)
         return self._turn(self.k.read()), self.v.read()
 
     def _turn(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys as if the slots that are left were the whole text: turned from where they were to where they are now."""
-        if self.whole or self.turned is None:
+        """Keys as if the tokens that are left were the whole text: those before a gap are turned on, until it is closed."""
+        if self.whole or self.cache.turning is None:
             return keys
-        place = (self.position[:, :1] >= 0).cumsum(-1) - 1  # such a policy keeps the same tokens in all heads
-        return rotate(keys, place - self.turned[:, :1], self.cache.turning)
+        slots, cos, sin = self.cache.gap(self.position[:, :1])  # such a policy keeps the same tokens in all heads
+        closed = keys.clone()
+        closed[:, :, slots] = turn(keys[:, :, slots], cos, sin)
+        return closed
 
     def mask(self, query: torch.Size, window: int | None) -> torch.Tensor | None:
         """bool (batch, heads, new, tokens) for queries of that shape, or None: everything is seen."""
@@ -188,32 +203,55 @@ class KVLayer(CacheLayerMixin):
         most = min(tokens, int(budget.max()) if uneven else budget)
         if tokens == most and not (uneven and int(budget.min()) < tokens):
             return
+        plain = isinstance(self.k, Plain) and writable(self.k.x)
+        if plain and self.full and not uneven and tokens - most == 1:  # one step of decoding
+            self._swap(scores)
+            return
+        if self.shuffled:
+            order = self.position.argsort(-1)
+            self._take(order)
+            scores = scores.gather(-1, order)
         if uneven:
             slots, order = ranked(scores)[..., :most].sort(-1)
-            left_out = order >= budget[..., None]
+            self._take(slots)
+            self.position = self.position.masked_fill(order >= budget[..., None], -1)
         else:
-            slots = select(scores, most)
-        self.k.take(slots)
-        self.v.take(slots)
-        self.position = self.position.gather(2, slots)
-        if uneven:
-            self.position = self.position.masked_fill(left_out, -1)
-        if self.turned is not None:
-            self.turned = self.turned.gather(2, slots)
-        if self.memory is not None:
-            self.memory = _gathered(self.memory, slots)
+            self._take(select(scores, most))
         self.whole = False
         self.full = not uneven and (self.full or bool((self.position >= 0).all()))
 
+    def _take(self, slots: torch.Tensor) -> None:
+        """Keep these slots of each head, (batch, kv_heads, kept), in this order."""
+        self.k.take(slots)
+        self.v.take(slots)
+        self.position = self.position.gather(2, slots)
+        if self.memory is not None:
+            self.memory = _gathered(self.memory, slots)
+        self.shuffled = False
+
+    def _swap(self, scores: torch.Tensor) -> None:
+        """Evict the worst slot of each head, of equal ones the oldest token; the newest token takes its place."""
+        better = scores > scores.amin(-1, keepdim=True)
+        slot = self.position.masked_fill(better, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
+        first = torch.arange(0, self.position.numel(), self.position.shape[2], device=slot.device)  # slot of each head
+        rows = first + slot.flatten()
+        self.k.swap(rows)
+        self.v.swap(rows)
+        self.position = _swapped(self.position, slot)
+        if self.memory is not None:
+            wide = slot if self.memory.dim() == 3 else slot[:, :, None].expand(-1, -1, self.memory.shape[2], -1)
+            self.memory = _swapped(self.memory, wide)
+        self.whole, self.shuffled = False, True
+
     def held(self) -> list[torch.Tensor]:
         """Every tensor that this layer keeps between two forwards."""
-        own = (self.position, self.turned, self.memory)
+        own = (self.position, self.memory)
         return [*self.k.tensors(), *self.v.tensors(), *(t for t in own if t is not None)]
 
     def batch(self, index: torch.Tensor) -> None:
         for store in (self.k, self.v):
             store.batch(index)
-        for name in ("position", "turned", "memory"):
+        for name in ("position", "memory"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[index])
 
@@ -227,7 +265,7 @@ class KVLayer(CacheLayerMixin):
             )
         for store in (self.k, self.v):
             store.crop(tokens)
-        for name in ("position", "turned", "memory"):
+        for name in ("position", "memory"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[..., :-tokens])
         self.seen -= tokens
@@ -249,6 +287,11 @@ def _longer(old: torch.Tensor | None, new: torch.Tensor, heads: int) -> torch.Te
     """(batch, heads, tokens) with (batch, new) more, the same for all heads."""
     new = new[:, None].expand(-1, heads, -1)
     return new if old is None else torch.cat([old, new], 2)
+
+
+def _swapped(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """x (..., tokens) with its last column moved to ``slot`` (..., 1)."""
+    return x.scatter(-1, slot, x[..., -1:])[..., :-1]
 
 
 def _gathered(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,21 @@ def rotate(keys: torch.Tensor, by: torch.Tensor, angles: torch.Tensor) -> torch.
     Channel i of the first half of the turned channels and channel i of their second half are one pair (as in Llama and
     GPT-NeoX); channels beyond 2 * pairs are not turned. Turning by a and then by b is turning by a + b.
     """
-    pairs = len(angles)
-    turn = by[..., None].float() * angles
-    cos, sin = turn.cos(), turn.sin()
+    return turn(keys, *cos_sin(by, angles))
+
+
+def cos_sin(by: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, (..., tokens, pairs), of turning ``by`` (..., tokens) positions."""
+    turned = by[..., None].float() * angles
+    return turned.cos(), turned.sin()
+
+
+def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """:func:`rotate` with the cosines and sines at hand."""
+    pairs = cos.shape[-1]
     first, second, rest = keys[..., :pairs].float(), keys[..., pairs : 2 * pairs].float(), keys[..., 2 * pairs :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(keys.dtype)
-    return torch.cat([turned, rest], -1)
+    turned = torch.empty_like(keys)
+    turned[..., :pairs] = (first * cos).addcmul_(second, sin, value=-1)
+    turned[..., pairs : 2 * pairs] = (second * cos).addcmul_(first, sin)
+    turned[..., 2 * pairs :] = rest
+    return turned

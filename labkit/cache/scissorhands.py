@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import pad
 
 from labkit.cache.base import CachePolicy
 from labkit.method import knob
@@ -48,8 +47,11 @@ class Scissorhands(CachePolicy):
         votes = attention * seen > 1
         if step.memory is not None:
             old = step.memory.shape[2] - max(0, self.window - votes.shape[2])
-            earlier = pad(step.memory[:, :, max(0, old) :], (0, votes.shape[-1] - step.memory.shape[-1]))
-            votes = torch.cat([earlier, votes], 2)
+            earlier = step.memory[:, :, max(0, old) :]
+            new, (queries, tokens) = votes, earlier.shape[2:]
+            votes = new.new_zeros(*new.shape[:2], queries + new.shape[2], new.shape[3])
+            votes[:, :, :queries, :tokens] = earlier
+            votes[:, :, queries:] = new
         step.memory = votes
         return votes.sum(2).float().masked_fill_(step.recent(self.recent), torch.inf)
 

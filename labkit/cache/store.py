@@ -14,10 +14,16 @@ class Plain:
 
     def __init__(self):
         self.x: torch.Tensor | None = None
+        self.spare: torch.Tensor | None = None  # x and one slot more, in the same memory: the next token goes there
         self.alive: torch.Tensor | None = None  # bool (batch, kv_heads, tokens) while the empty slots are left out
 
     def append(self, new: torch.Tensor) -> None:
-        self.x = new if self.x is None else torch.cat([self.read(), new], 2)
+        spare, self.spare = self.spare, None
+        if spare is not None and new.shape[2] == 1 and writable(spare):
+            spare[:, :, -1:] = new
+            self.x = spare
+        else:
+            self.x = new if self.x is None else torch.cat([self.read(), new], 2)
         self.alive = None
 
     def read(self) -> torch.Tensor:
@@ -29,7 +35,16 @@ class Plain:
 
     def take(self, slots: torch.Tensor) -> None:
         """Keep these slots, (batch, kv_heads, kept): the rest is gone, and its memory free."""
-        self.x = rows(self.x, slots)
+        self.x, self.spare = rows(self.x, slots), None
+
+    def swap(self, rows: torch.Tensor) -> None:
+        """Forget one token of each head: the last one moves there, so that nothing else is copied.
+
+        ``rows``: (batch * kv_heads,), where it lies when the tokens of all heads are counted through.
+        """
+        x = self.x.contiguous()
+        x.view(-1, x.shape[-1]).index_copy_(0, rows, x[:, :, -1].flatten(0, 1).clone())
+        self.x, self.spare = x[:, :, :-1], x
 
     def settle(self, alive: torch.Tensor | None) -> None:
         """The forward is over. ``alive``: bool (batch, kv_heads, tokens) where slots are empty, else None."""
@@ -38,6 +53,7 @@ class Plain:
 
     def batch(self, index: torch.Tensor) -> None:
         """Reorder, repeat or leave out texts of the batch."""
+        self.spare = None
         x, alive = self.read()[index], None if self.alive is None else self.alive[index]
         self.x, self.alive = (x, None) if alive is None else (x[alive], alive)
 
@@ -46,6 +62,11 @@ class Plain:
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.x, self.alive) if t is not None]
+
+
+def writable(x: torch.Tensor) -> bool:
+    """Whether a tensor may be changed in place here: no gradient is kept, and inference tensors only in inference mode."""
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not x.is_inference())
 
 
 def rows(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

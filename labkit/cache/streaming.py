@@ -13,10 +13,11 @@ from labkit.method import knob
 
 @dataclass(frozen=True)
 class StreamingLLM(CachePolicy):
-    """Keep the first tokens (attention sinks) and the newest; keys are turned to their places in the shortened cache.
+    """Keep the first tokens (attention sinks) and the newest; positions count places in the shortened cache.
 
-    So no rotary position ever exceeds the budget, however long the text. Where positions are not rotary (OPT, GPT-2),
-    what is cached cannot be turned, and true positions stay.
+    So no query is ever further from a key than the budget, however long the text. Rotary attention reads nothing but
+    distances: instead of turning all newer keys back at each step, the sinks are turned on. Where positions are not rotary
+    (OPT, GPT-2), what is cached cannot be turned, and true positions stay.
     """
 
     paper: ClassVar[str] = (
