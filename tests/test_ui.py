@@ -818,3 +818,21 @@ def test_nothing_hangs_without_a_front_end(tmp_path, static, monkeypatch):
     widget = "application/vnd.jupyter.widget-view+json" in json.dumps(saved.cells)
     assert widget is (static == "")
     assert (tmp_path / "out.ipynb").stat().st_size < 200_000
+
+
+def test_titles_and_legends_have_room_side_by_side():
+    from labkit.ui.stage import LINE, Stage
+
+    long = "How far the weights that remain have moved, in steps of the grid (measured)"
+    names = ("activations before smoothing", "activations after", "weights before smoothing")
+    stage, figures = Stage(), [plots.lines({n: ([0, 1], [0, 1]) for n in names}, "x" * 30 + " yy", "y", long)] * 3
+    alone, beside = [], []
+    for shown, found in ((figures[:1], alone), (figures, beside)):
+        stage.show(*shown)
+        found += [o.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"] for o in stage.children]
+    assert alone[0]["title"]["text"] == long and "<br>" not in alone[0]["xaxis"]["title"]["text"]
+    for layout in beside:
+        lines = layout["title"]["text"].split("<br>")
+        assert " ".join(lines) == long and max(map(len, lines)) <= 39
+        assert layout["height"] - alone[0]["height"] == LINE * (len(lines) - 1 + 2)  # and a legend of three lines
+        assert layout["margin"]["t"] - alone[0]["margin"]["t"] == layout["height"] - alone[0]["height"]

@@ -179,9 +179,12 @@ def test_the_chat_streams_on_enter_and_stops(server, lab):
 SHIPPED = [  # notebook, its live figures, a slider to move, which way, and how its sentence starts afterwards
     ("00_start_here.ipynb", 3, "bits", "ArrowLeft", "At "),
     ("01_find_the_bottleneck.ipynb", 2, "batch", "ArrowRight", "Decode, batch "),
+    ("02_number_formats.ipynb", 3, "bits", "ArrowLeft", "self_attn.q_proj of block"),
+    ("03_post_training_quantization.ipynb", 7, "column", "ArrowRight", "self_attn.q_proj of block"),
+    ("05_zeroing_weights.ipynb", 10, "sparsity", "ArrowRight", "self_attn.q_proj of block"),
     ("07_kv_cache.ipynb", 6, "texts", "ArrowRight", "At "),
 ]
-QUICK = ("07_kv_cache.ipynb",)  # these run in the quick profile here: the full one takes minutes
+QUICK = {row[0] for row in SHIPPED[2:]}  # these run in the quick profile here: the full one takes minutes
 
 
 @pytest.mark.model

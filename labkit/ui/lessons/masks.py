@@ -194,7 +194,7 @@ def scores(part: Slice, sparsity: float, pattern: str) -> go.Figure:
             style = {"color": theme.VERMILION, "width": 2 if dash is None else 1, "dash": dash}
             line = {"x": [round(x, 4)] * 2, "y": [0, top], "mode": "lines", "line": style, "showlegend": False}
             data.append(go.Scatter(name="threshold", hoverinfo="skip", **line, **where))
-    label = ", as a multiple of the median: powers of ten"
+    label = " in medians, powers of ten"
     span = [-DECADES, DECADES]
     return go.Figure(
         data,
@@ -207,7 +207,7 @@ def scores(part: Slice, sparsity: float, pattern: str) -> go.Figure:
             bargap=0,
             xaxis=axis(f"|w|{label}", domain=[0, 0.46], range=span),
             yaxis=axis("% of the weights", rangemode="tozero"),
-            xaxis2=axis("|w|·‖x‖", domain=[0.54, 1], range=span, anchor="y2"),
+            xaxis2=axis(f"|w|·‖x‖{label}", domain=[0.54, 1], range=span, anchor="y2"),
             yaxis2=axis(anchor="x2", rangemode="tozero"),
         ),
     )

@@ -21,6 +21,7 @@ go = need("plotly.graph_objects")
 
 PAIRS = tuple(itertools.combinations(range(4), 2))
 NAMES = ("w1", "w2", "w3", "w4")
+INPUTS = ("x1", "x2", "x3", "x4")
 
 
 class Puzzle:
@@ -124,19 +125,15 @@ class Puzzle:
         table = (gram / scale[:, None] / scale).flip(0)
         data = [heat.heat(table.tolist(), -1, 1, heat.SIGNED, "cosine", "%{z:.2f}<extra></extra>")]
         place = {"showarrow": False, "xref": "x", "yref": "y", "yanchor": "middle", "font": {"size": 11}}
-        notes = [
-            place | {"x": j, "y": i, "text": f"{NAMES[3 - i]}·{NAMES[j]}: {table[i, j]:+.2f}"}
-            for i in range(4)
-            for j in range(4)
-        ]
-        span = {"range": [-0.5, 3.5], "showgrid": False, "showticklabels": False}
+        notes = [place | {"x": j, "y": i, "text": f"{table[i, j]:+.2f}"} for i in range(4) for j in range(4)]
+        span = {"range": [-0.5, 3.5], "showgrid": False, "tickvals": list(range(4))}
         return go.Figure(
             data,
             layout(
                 "How far the inputs rise and fall together: their cosines (measured)",
                 260,
-                xaxis=axis(**span),
-                yaxis=axis(**span),
+                xaxis=axis(**span, ticktext=list(INPUTS)),
+                yaxis=axis(**span, ticktext=list(reversed(INPUTS))),
                 annotations=notes,
             ),
         )
