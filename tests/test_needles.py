@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny
 
-from labkit.cache import H2O, RecentKV, SnapKV, StreamingLLM
+from labkit.cache import H2O, RandomKV, RecentKV, SnapKV, StreamingLLM
 from labkit.measure import needles
 from labkit.measure.long_text import streaming_perplexity, token_losses
 
@@ -214,3 +214,17 @@ def test_the_real_model_finds_needles_and_loses_them_with_their_tokens(lm):
     assert all(c.recall == 1 for c in needles.grid(lm, (256,), (0.5,), "food", "before"))
     early, late = needles.grid(RecentKV(budget=64)(lm), (256,), (0.1, 0.9), "number", "before")
     assert (early.recall, late.recall) == (0, 1)
+
+
+@pytest.mark.model
+def test_policies_that_look_at_attention_keep_more_of_a_needle_than_chance(lm):
+    """At a quarter of the cache, question known: SnapKV finds whole answers, H2O parts of them, the baselines nothing."""
+    policies = {"recent": RecentKV(share=0.25), "random": RandomKV(share=0.25, recent=8), "H2O": H2O(share=0.25)}
+    policies["SnapKV"] = SnapKV(share=0.25, window=8)
+    found = {
+        name: needles.grid(policy(lm), (256,), (0.15, 0.5), "food", "before", needles=3)
+        for name, policy in policies.items()
+    }
+    begun = {name: sum(c.begun for c in cells) for name, cells in found.items()}
+    assert begun["recent"] < begun["H2O"] and 2 * begun["random"] < begun["H2O"] < begun["SnapKV"]
+    assert all(c.recall > 0.5 for c in found["SnapKV"])

@@ -235,7 +235,7 @@ def test_every_cell_is_measured_once_under_its_policy(needles, monkeypatch):
         names = [type(m).__name__ for m in methods_of(lm.model)]
         calls.append((*names, *lengths, *depths, question))
         found = int(("H2O" in names and question == "before") or not names)
-        return [Cell(kind, question, lengths[0], depths[0], found, needles, (("1", "1"),))]
+        return [Cell(kind, question, lengths[0], depths[0], found, needles, (("1", "1"),), found / 2)]
 
     monkeypatch.setattr("labkit.ui.lessons.needle_map.grid", grid)
     assert needles.unmeasured("before", 0.25)
@@ -244,7 +244,7 @@ def test_every_cell_is_measured_once_under_its_policy(needles, monkeypatch):
     assert "full cache 100 %, recent only 0 %, H2O 100 %" in text and "the question is known before eviction" in text
     needles.view("after", 0.25)
     assert len(calls) == 5 * 6  # the full cache, where nothing is evicted, is not asked twice
-    assert needles.table().rows[2] == ("H2O", "100 %", "0 %")
+    assert needles.table().rows[2] == ("H2O", "100 %", "50 %", "0 %", "0 %")
     assert len(figures) == 3 and figures[1].layout.title.text == "recent only: 0 of 6"
     assert [list(row) for row in figures[2].data[0].z] == [[1.0, 1.0]] * 3
     drawn = svg.draw(*figures, width=260, height=260)

@@ -67,6 +67,11 @@ class NeedleMap:
         cells = [c for row in self.cells(policy, question, share, kind) for c in row]
         return sum(c.found for c in cells) / sum(c.tried for c in cells)
 
+    def begun(self, policy: str, question: str, share: float, kind: str = "food") -> float:
+        """Share of the answers' tokens that are right before the first wrong one, mean over the needles."""
+        cells = [c for row in self.cells(policy, question, share, kind) for c in row]
+        return sum(c.begun for c in cells) / len(cells)
+
     def view(self, question: str, share: float, kind: str = "food"):
         """A map for the full cache and one for each policy, and the recall of all in words."""
         names = [FULL, *self.policies]
@@ -77,13 +82,15 @@ class NeedleMap:
         return figures, f"{kept}, {WHEN[question]}. Needles found (measured): {found}."
 
     def table(self, share: float = 0.25, kind: str = "food") -> Table:
-        """Recall of each policy with the question known before eviction, and with a question that comes later."""
+        """Each policy with the question known before eviction and with one that comes later: whole answers, and their tokens."""
         rows = []
         for name in (FULL, *self.policies):
-            rows.append((name, *(f"{100 * self.recall(name, question, share, kind):.0f} %" for question in WHEN)))
+            both = [(self.recall(name, q, share, kind), self.begun(name, q, share, kind)) for q in WHEN]
+            rows.append((name, *(f"{100 * value:.0f} %" for pair in both for value in pair)))
         tried = len(self.lengths) * len(self.depths) * self.needles
-        caption = f"Needles found of {tried}, {100 * share:.0f} % of the prompt kept (measured)"
-        return Table(("policy", "question known", "question comes later"), tuple(rows), caption)
+        caption = f"Needles found of {tried}, and the answers' tokens before the first wrong one, {100 * share:.0f} % of the prompt kept (measured)"
+        heads = [head for when in ("question known", "question comes later") for head in (when, "tokens of the answer")]
+        return Table(("policy", *heads), tuple(rows), caption)
 
     def _keys(self, question: str, share: float, kind: str) -> list[tuple]:
         """(policy, question, share, kind, depth, length); nothing is evicted from the full cache, so it has one of each."""
