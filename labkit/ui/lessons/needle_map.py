@@ -82,13 +82,14 @@ class NeedleMap:
         return figures, f"{kept}, {WHEN[question]}. Needles found (measured): {found}."
 
     def table(self, share: float = 0.25, kind: str = "food") -> Table:
-        """Each policy with the question known before eviction and with one that comes later: whole answers, and their tokens."""
+        """Each policy, with the question known before eviction and with one that comes later: answers, and their tokens."""
         rows = []
         for name in (FULL, *self.policies):
             both = [(self.recall(name, q, share, kind), self.begun(name, q, share, kind)) for q in WHEN]
             rows.append((name, *(f"{100 * value:.0f} %" for pair in both for value in pair)))
         tried = len(self.lengths) * len(self.depths) * self.needles
-        caption = f"Needles found of {tried}, and the answers' tokens before the first wrong one, {100 * share:.0f} % of the prompt kept (measured)"
+        kept = f"{100 * share:.0f} % of the prompt kept (measured)"
+        caption = f"Needles found of {tried}, and the answers' tokens before the first wrong one; {kept}"
         heads = [head for when in ("question known", "question comes later") for head in (when, "tokens of the answer")]
         return Table(("policy", *heads), tuple(rows), caption)
 
