@@ -64,6 +64,17 @@ def test_awq_is_better_than_plain_rounding(kl, bits):
     assert all(a < r for a, r in zip(kl(labkit.AWQ(bits=bits)), kl(labkit.RTN(bits=bits))))
 
 
+def test_what_each_part_of_gptq_is_good_for(kl):
+    """Order, scaling and clipping pay on both texts; damping trades one text for the other."""
+    base, unordered = kl(paper(4)), kl(paper(4, act_order=False))
+    assert all(u > 1.2 * b for u, b in zip(unordered, base))
+    one = [kl(labkit.GPTQ(bits=4, scale=s, clip=c)) for s, c in ((True, False), (False, True))]
+    assert all(x < 0.9 * b for found in one for x, b in zip(found, base))
+    assert all(x < o for found in one for x, o in zip(kl(labkit.GPTQ(bits=4)), found))
+    less, more = kl(paper(4, damp=0.001)), kl(paper(4, damp=0.1))
+    assert less[0] < base[0] < more[0] and less[1] > base[1]
+
+
 def test_three_draws_of_calibration_agree_about_gptq(kl):
     plain, draws = kl(labkit.RTN(bits=4)), [kl(paper(4), draw=d) for d in range(3)]
     for text in (0, 1):

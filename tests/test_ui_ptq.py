@@ -245,7 +245,7 @@ def test_the_picture_draws_the_rows_and_says_what_is_on_the_front():
     assert [t.name for t in figure.data] == ["GPTQ", "RTN", "Pareto front"]
     assert list(figure.data[0].x) == [50.0] and list(figure.data[0].y) == [0.2]
     assert list(figure.data[2].y) == [0.2, 0.002]
-    assert text.startswith("3 settings on the prose") and "GPTQ 1 times and RTN 1 times" in text
+    assert text.startswith("3 settings on the prose") and "GPTQ 1 time and RTN 1 time" in text
 
 
 def test_an_empty_store_is_said_plainly(tmp_path, tiny_lm):
@@ -264,6 +264,22 @@ def test_calibrations_are_told_apart_by_their_hash():
     assert list(figure.data[0].y) == [pytest.approx(0.2), 0.4] and list(figure.data[1].y) == [0.4, 0.8]
     assert list(figure.data[0].error_y.array) == [pytest.approx(0.1), 0.0]
     assert "2 draws" in text
+
+
+def test_the_parts_of_gptq_are_named_by_what_differs_from_the_papers():
+    kl = {(False, False): 0.2, (True, False): 0.15, (True, True): 0.1}
+    rows = []
+    for (scale, clip), value in kl.items():
+        method = labkit.GPTQ(bits=4, scale=scale, clip=clip)
+        rows.append(row(knobs=method.key(), calib="m", kl=value))
+    rows.append(row(knobs=labkit.GPTQ(bits=3).key(), calib="m"))
+    rows.append(row(knobs=labkit.GPTQ(bits=4, damp=0.1).key(), calib="of another text"))
+    table = front.parts(rows, {"m": "mixed"})
+    assert table.rows == (
+        ("the paper's", "0.200", "0.400"),
+        ("scale = True", "0.150", "0.300"),
+        ("scale = True, clip = True", "0.100", "0.200"),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- heat maps

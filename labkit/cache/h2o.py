@@ -35,7 +35,7 @@ class H2O(CachePolicy):
     def scores(self, step) -> torch.Tensor:
         drawn = step.column_sums()
         if step.memory is not None:
-            drawn[..., : step.memory.shape[-1]] += step.memory
+            drawn[..., : step.memory.shape[-1]].add_(step.memory)
         step.memory = drawn
         newest = (step.budget * self.recent) // 1
         return drawn.masked_fill(step.recent(newest), torch.inf)

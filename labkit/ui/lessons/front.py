@@ -8,11 +8,13 @@ calibrations(rows, sources(lm))            # the same method, fed differently
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from labkit import text
 from labkit.results import Store
 from labkit.ui import need, theme, words
+from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
 
 go = need("plotly.graph_objects")
@@ -87,7 +89,7 @@ def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, s
         ),
     )
     on = [r["method"] for x, y in best for r in rows if (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) == (x, y)]
-    counts = [f"{name} {on.count(name)} times" for name in dict.fromkeys(on)]
+    counts = [f"{name} {n} time{'s' * (n != 1)}" for name, n in Counter(on).items()]
     return figure, (
         f"{len(rows)} settings on {words.the(text)}. On the front, where no other is both smaller and better: "
         f"{words.listed(counts)}."
@@ -143,6 +145,24 @@ def calibrations(rows: Sequence[Mapping], known: Mapping[str, str], method: str 
     draws = max(len(v) for v in by.values())
     spread = f" Bands: half the range over {draws} draws." if draws > 1 else ""
     return figure, f"{name}, calibrated on {words.listed([s for s in SOURCES if s in by])}.{spread}"
+
+
+def parts(rows: Sequence[Mapping], known: Mapping[str, str], bits: int = 4, source: str = "mixed") -> Table:
+    """GPTQ's settings at one width, by what differs from the paper's: KL on both texts, the worst on the prose first."""
+    paper = {"act_order": True, "damp": 0.01, "scale": False, "clip": False, "compensate": True}
+    found: dict[str, tuple] = {}
+    for r in rows:
+        if r["method"] != "GPTQ" or known.get(r["calib"]) != source:
+            continue
+        knobs = json.loads(r["knobs"])
+        if (knobs["bits"], knobs["group_size"], knobs["format"]) != (bits, 64, "int"):
+            continue
+        changed = ", ".join(f"{n} = {knobs[n]}" for n, value in paper.items() if knobs[n] != value) or "the paper's"
+        kl = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
+        found[changed] = kl
+    table = sorted(found.items(), key=lambda item: -item[1][1])
+    caption = f"GPTQ at {bits} bits, groups of 64, calibrated on {source}: KL in nats per token (measured)"
+    return Table(("setting", "manual", "prose"), tuple((n, f"{m:.3f}", f"{p:.3f}") for n, (m, p) in table), caption)
 
 
 _NONE = (
