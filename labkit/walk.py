@@ -163,6 +163,12 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight.T if _is_conv1d(module) else weight
 
 
+def check_finite(weight: torch.Tensor, path: str) -> None:
+    """Raise a ValueError that names the layer where a weight holds NaN or infinity: one is enough to spoil the sum."""
+    if not torch.isfinite(weight.float().sum()):
+        raise ValueError(f"The weight of {path} holds NaN or infinity: load the model again or check its file.")
+
+
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Give a dense linear a new weight (out, in); the old tensor, which other models may share, is left as it is."""
     weight = weight.T.contiguous() if _is_conv1d(module) else weight
@@ -206,9 +212,7 @@ def walk(
 
         def compressed(name: str, module: nn.Module, stats: Stats, path: str = f"{prefix}.{index}") -> nn.Module:
             weight = weight_of(module).detach().float()
-            if not torch.isfinite(weight.sum()):  # one NaN or infinity is enough to spoil it
-                text = f"The weight of {path}.{name} holds NaN or infinity: load the model again or check its file."
-                raise ValueError(text)
+            check_finite(weight, f"{path}.{name}")
             return take_place(module, solve(weight, stats, f"{path}.{name}"))
 
         if flow:

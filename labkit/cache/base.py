@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from labkit.method import Method, knob
-from labkit.walk import blocks, linears, weight_of
+from labkit.walk import blocks, check_finite, linears, path_of, weight_of
 
 MOST = 1_000_000  # the largest budget in tokens: longer than any text here, so that nothing is evicted
 
@@ -35,10 +35,9 @@ class CacheMethod(Method):
 
 def check_weights(model) -> None:
     """Raise a ValueError that names the layer where a linear of the decoder holds NaN or infinity."""
-    for index, block in enumerate(blocks(model)):
-        for name, module in linears(block):
-            if not torch.isfinite(weight_of(module)).all():
-                raise ValueError(f"The weight of {name} in block {index} holds NaN or infinity: load the model again.")
+    stack = blocks(model)
+    for name, module in linears(stack):
+        check_finite(weight_of(module), f"{path_of(stack, model)}.{name}")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class BnbLinear(nn.Module):
         super().__init__()
         self.type, self.dtype, self.threshold = type, dtype, threshold
         self.out_features, self.in_features = shape
-        self._names = tuple(tensors)
+        self._names, self._made = tuple(tensors), None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False) if bias is not None else None
@@ -48,9 +48,12 @@ class BnbLinear(nn.Module):
         return cls(type, tuple(weight.shape), weight.dtype, threshold, tensors)
 
     def _state(self):
-        """The library's own description of a 4-bit weight."""
+        """The library's own description of a 4-bit weight; made again where the codes were loaded or moved."""
+        if self._made is not None and self._made[0] is self.packed:
+            return self._made[1]
         stored = {name.replace("state__", "state."): getattr(self, name) for name in self._names if name != "packed"}
-        return library().functional.QuantState.from_dict(stored, device=self.packed.device)
+        self._made = self.packed, library().functional.QuantState.from_dict(stored, device=self.packed.device)
+        return self._made[1]
 
     @property
     def weight(self) -> torch.Tensor:
