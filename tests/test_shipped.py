@@ -103,6 +103,11 @@ def test_calibration_on_the_manual_alone_turns_wanda_and_sparsegpt_round_on_othe
         assert sparse[source][0] < wanda[source][0] and sparse[source][1] < wanda[source][1]
 
 
+def test_giving_zeros_to_the_blocks_that_bear_them_pays(kl):
+    even, owl, tried = (kl(labkit.Wanda(sparsity=0.7, allocation=a)) for a in ("uniform", "owl", "sensitivity"))
+    assert all(t < o < e for e, o, t in zip(even, owl, tried))
+
+
 def test_at_equal_bytes_rounding_beats_zeros(kl):
     """Half of 16-bit weights with a bit mask take 9 bits each; 8-bit codes take less and change almost nothing."""
     eight = kl(labkit.RTN(bits=8))
