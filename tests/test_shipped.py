@@ -75,6 +75,11 @@ def test_what_each_part_of_gptq_is_good_for(kl):
     assert less[0] < base[0] < more[0] and less[1] > base[1]
 
 
+def test_bits_given_where_they_count_beat_plain_rounding_with_more(kl):
+    """MixedPrecision at 3.5 bits on average against RTN at 4: fewer bytes, and less damage on both texts."""
+    assert all(m < r for m, r in zip(kl(labkit.MixedPrecision(bits=3.5)), kl(labkit.RTN(bits=4))))
+
+
 def test_three_draws_of_calibration_agree_about_gptq(kl):
     plain, draws = kl(labkit.RTN(bits=4)), [kl(paper(4), draw=d) for d in range(3)]
     for text in (0, 1):
