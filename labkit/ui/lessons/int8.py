@@ -1,4 +1,4 @@
-"""int8 times int8 against fp32, timed in turns: one layer at several token counts, and the prefill of a whole model."""
+"""int8 times int8 against fp32 and bf16, timed in turns: one layer at several token counts, and a whole model's prefill."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from labkit.walk import blocks, weight_of
 def layer(
     lm, kind: str = "mlp.up_proj", block: int = 0, tokens: Sequence[int] = (1, 32, 512), rounds: int = 7
 ) -> Table:
-    """A layer's fp32 product beside its int8 product, activations rounded on the way; the least error is in the views."""
+    """A layer's product in fp32, in bf16, and in int8 with activations rounded on the way; the error is in the views."""
     weight = weight_of(blocks(lm.model)[block].get_submodule(kind)).detach().float()
     draw = torch.Generator().manual_seed(0)
-    packed, rows = W8A8Linear(weight), []
+    packed, half, rows = W8A8Linear(weight), weight.bfloat16(), []
     for count in tokens:
         x = torch.randn(count, weight.shape[1], generator=draw)
         runs = {
             "fp32": _ready(lambda x: nn.functional.linear(x, weight), x),
+            "bf16": _ready(lambda x: nn.functional.linear(x, half), x.bfloat16()),
             "int8": _ready(packed, x),
         }
         found = timing.compare(runs, rounds=rounds, warmup=2)
         cells = [f"{1e6 * found.timings[name].median:,.0f}" for name in runs]
-        rows.append((f"{count}", *cells, _speed(found, "int8")))
-    head = ("tokens", "fp32, µs", "int8 × int8, µs", "speed, fp32 = 1")
+        rows.append((f"{count}", *cells, _speed(found, "bf16"), _speed(found, "int8")))
+    head = ("tokens", "fp32, µs", "bf16, µs", "int8 × int8, µs", "speed of bf16, fp32 = 1", "speed of int8")
     return Table(head, tuple(rows), f"{kind}, {weight.shape[0]} × {weight.shape[1]}: medians, measured in turns")
 
 
