@@ -103,15 +103,20 @@ def _add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """The upper triangular R with RᵀR = (H + damp·mean(diag H)·I)⁻¹, (in, in)."""
-    mean, one = hessian.diagonal().mean(), torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    """The upper triangular R with RᵀR = (H + damp·mean(diag H)·I)⁻¹, (in, in).
+
+    Worked out in float64: where the calibration has hardly more tokens than the layer has inputs, H is so nearly singular
+    that in fp32 two ways of writing this down gave models whose damage differed by a third.
+    """
+    exact, mean = hessian.double(), hessian.diagonal().mean()
+    one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     while True:
-        damped = hessian.clone()
+        damped = exact.clone()
         damped.diagonal().add_(damp * mean)
         # Cholesky from the last column backwards gives H = UUᵀ with U upper triangular, so H⁻¹ = U⁻ᵀU⁻¹ and R = U⁻¹.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).to(hessian.dtype)
         damp = 10 * damp
         if damp > 1e4:
             raise ValueError(
