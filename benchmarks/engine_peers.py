@@ -125,7 +125,9 @@ def built() -> Path:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
         where = ["-i", str(embedded.folder()), "-o", str(scratch), "-c", str(scratch / "hub")]
         extra = ["--extra_options", "int4_accuracy_level=4", "hf_remote=false"]
-        subprocess.run(builder + where + extra, check=True, capture_output=True)
+        made = subprocess.run(builder + where + extra, capture_output=True, text=True)
+        if made.returncode:  # for example a module that the builder needs and its package does not install: onnx_ir
+            raise PeerMissing(f"its builder failed: {(made.stderr.strip().splitlines() or ['no output'])[-1]}")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     return folder
