@@ -57,9 +57,9 @@ def _wrap(layout: dict, traces: list[dict], letters: int) -> None:
     lines = textwrap.wrap(title.get("text") or "", letters) or [""]
     rows = _rows({t["name"] for t in traces if t.get("name") and t.get("showlegend", True)}, letters - 8)
     if more := LINE * (len(lines) + rows - 2):
-        layout["title"] = title | {"text": "<br>".join(lines)}
+        height = layout["height"] = (layout.get("height") or 300) + more
+        layout["title"] = title | {"text": "<br>".join(lines), "y": 1 - LINE / height}
         layout["margin"] = (layout.get("margin") or {}) | {"t": (layout.get("margin") or {}).get("t", 64) + more}
-        layout["height"] = (layout.get("height") or 300) + more
     for name, axis in layout.items():
         if name.startswith("xaxis") and (text := (axis.get("title") or {}).get("text")):
             start, end = axis.get("domain") or (0, 1)
