@@ -351,15 +351,20 @@ class Flow:
         """Replace each linear of a block by ``compressed(name, module, stats)``, and go on to the next block."""
         self.hidden = self.visit(index, statistic, compressed)
 
-    def gather(self, index: int, statistic: str) -> dict[str, Stats]:
-        """The statistics of one block's linears as they are; linears that were handed the same tensor share one object."""
+    def gather(self, index: int, statistic: str, advance: bool = False) -> dict[str, Stats]:
+        """The statistics of one block's linears as they are; linears that were handed the same tensor share one object.
+
+        ``advance``: go on to the next block in the same pass.
+        """
         found: dict[str, Stats] = {}
 
         def note(name: str, module: nn.Module, stats: Stats) -> nn.Module:
             found[name] = stats
             return module
 
-        self.visit(index, statistic, note)
+        outputs = self.visit(index, statistic, note)
+        if advance:
+            self.hidden = outputs
         return {name: stats for name, stats in found.items() if stats.count}
 
     def few(self, windows: int | None) -> torch.Tensor:

@@ -8,8 +8,9 @@ from tiny_models import tiny
 
 import labkit
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM, methods_of, read
+from labkit.cache import layer as layers
 from labkit.cache.layer import KVCache
-from labkit.cache.rotary import frequencies, rotate
+from labkit.cache.rotary import cos_sin, frequencies, turn
 from labkit.measure import latency, memory
 from labkit.method import Recipe
 from labkit.quantize import RTN
@@ -91,7 +92,7 @@ def test_true_positions_after_eviction(family):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "Gemma", "GPTNeoX", "Phi"])
-def test_streaming_reads_a_short_text(family):
+def test_streaming_reads_a_short_text(family, monkeypatch):
     """With one layer, keys depend on nothing but token and position: as if the kept tokens alone were the text."""
     lm, ids, sinks, budget, start = tiny(family), prompt(60), 3, 12, 30
     stack = lm.model.base_model.layers
@@ -99,12 +100,15 @@ def test_streaming_reads_a_short_text(family):
     lm.model.config.num_hidden_layers = 1
     if getattr(lm.model.config, "layer_types", None):
         lm.model.config.layer_types = lm.model.config.layer_types[:1]
+    turns = []
+    monkeypatch.setattr(layers, "cos_sin", lambda by, angles: turns.append(int(by.max())) or cos_sin(by, angles))
     found, cache = steps(StreamingLLM(budget=budget, sinks=sinks)(lm), ids, start)
     for step, t in enumerate(range(start, 60)):
         short = torch.cat([ids[:, :sinks], ids[:, t - (budget - sinks) : t + 1]], 1)
         with torch.inference_mode():
             assert torch.allclose(found[:, step], lm.model(short).logits[:, -1], atol=1e-4)
     assert cache.get_seq_length() == 60
+    assert 59 - turns[-1] == budget  # the last query is no further from the first token than the budget
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Gemma"])
@@ -117,7 +121,7 @@ def test_rotation_is_the_models_own(family):
     keys = torch.randn(1, 2, 9, 16)
     turned = lambda at: apply(keys, keys, *base.rotary_emb(keys, at[None]))[1]  # noqa: E731
     before, after = torch.arange(100, 109), torch.tensor([0, 1, 2, 3, 50, 51, 52, 53, 54])
-    again = rotate(turned(before), (after - before)[None, None], frequencies(base))
+    again = turn(turned(before), *cos_sin((after - before)[None, None], frequencies(base)))
     assert torch.allclose(again, turned(after), atol=1e-5)
     assert frequencies(tiny("OPT").model.base_model) is None
 

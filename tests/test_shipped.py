@@ -76,7 +76,7 @@ def test_what_each_part_of_gptq_is_good_for(kl):
 
 
 def test_bits_given_where_they_count_beat_plain_rounding_with_more(kl):
-    """MixedPrecision at 3.5 bits on average against RTN at 4: fewer bytes, and less damage on both texts."""
+    """MixedPrecision at 3.5 bits on average against RTN at 4: less damage on both texts."""
     assert all(m < r for m, r in zip(kl(labkit.MixedPrecision(bits=3.5)), kl(labkit.RTN(bits=4))))
 
 

@@ -36,8 +36,9 @@ class CacheMethod(Method):
 def check_weights(model) -> None:
     """Raise a ValueError that names the layer where a linear of the decoder holds NaN or infinity."""
     stack = blocks(model)
+    prefix = path_of(stack, model)
     for name, module in linears(stack):
-        check_finite(weight_of(module), f"{path_of(stack, model)}.{name}")
+        check_finite(weight_of(module), f"{prefix}.{name}")
 
 
 @dataclass(frozen=True)

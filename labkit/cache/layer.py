@@ -226,7 +226,7 @@ class KVLayer(CacheLayerMixin):
         self.v.take(slots)
         self.position = self.position.gather(2, slots)
         if self.memory is not None:
-            self.memory = _gathered(self.memory, slots)
+            self.memory = self.memory.gather(-1, _wide(slots, self.memory))
         self.shuffled = False
 
     def _swap(self, scores: torch.Tensor) -> None:
@@ -239,8 +239,7 @@ class KVLayer(CacheLayerMixin):
         self.v.swap(rows)
         self.position = _swapped(self.position, slot)
         if self.memory is not None:
-            wide = slot if self.memory.dim() == 3 else slot[:, :, None].expand(-1, -1, self.memory.shape[2], -1)
-            self.memory = _swapped(self.memory, wide)
+            self.memory = _swapped(self.memory, _wide(slot, self.memory))
         self.whole, self.shuffled = False, True
 
     def held(self) -> list[torch.Tensor]:
@@ -294,7 +293,6 @@ def _swapped(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return x.scatter(-1, slot, x[..., -1:])[..., :-1]
 
 
-def _gathered(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    if memory.dim() == 3:
-        return memory.gather(2, slots)
-    return memory.gather(3, slots[:, :, None].expand(-1, -1, memory.shape[2], -1))
+def _wide(slots: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Slots (batch, kv_heads, n) for a policy's memory, (batch, kv_heads, ..., tokens): the same for all of its rows."""
+    return slots if memory.dim() == 3 else slots[:, :, None].expand(-1, -1, memory.shape[2], -1)

@@ -21,15 +21,6 @@ def frequencies(model) -> torch.Tensor | None:
     return angles.float()
 
 
-def rotate(keys: torch.Tensor, by: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Keys (batch, kv_heads, tokens, head_dim), already turned, turned ``by`` more positions (batch, kv_heads or 1, tokens).
-
-    Channel i of the first half of the turned channels and channel i of their second half are one pair (as in Llama and
-    GPT-NeoX); channels beyond 2 * pairs are not turned. Turning by a and then by b is turning by a + b.
-    """
-    return turn(keys, *cos_sin(by, angles))
-
-
 def cos_sin(by: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, (..., tokens, pairs), of turning ``by`` (..., tokens) positions."""
     turned = by[..., None].float() * angles
@@ -37,7 +28,11 @@ def cos_sin(by: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """:func:`rotate` with the cosines and sines at hand."""
+    """Keys (batch, kv_heads, tokens, head_dim), already turned, turned on; cos and sin are :func:`cos_sin`'s.
+
+    Channel i of the first half of the turned channels and channel i of their second half are one pair (as in Llama and
+    GPT-NeoX); channels beyond 2 * pairs are not turned. Turning by a and then by b is turning by a + b.
+    """
     pairs = cos.shape[-1]
     first, second, rest = keys[..., :pairs].float(), keys[..., pairs : 2 * pairs].float(), keys[..., 2 * pairs :]
     turned = torch.empty_like(keys)

@@ -72,6 +72,5 @@ def _norms(lm, calib: torch.Tensor):
     stack = blocks(lm.model)
     flow = Flow(lm.model, stack, calib.to(lm.device))
     for index, block in enumerate(stack):
-        stats = flow.gather(index, "channel_norm")
+        stats = flow.gather(index, "channel_norm", advance=True)
         yield block, {module: stats[name].channel_norm for name, module in linears(block)}
-        flow.advance(index)

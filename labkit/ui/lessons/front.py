@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from labkit import text
+from labkit.quantize import GPTQ
 from labkit.results import Store
 from labkit.ui import need, theme, words
 from labkit.ui.table import Table
@@ -149,17 +150,16 @@ def calibrations(rows: Sequence[Mapping], known: Mapping[str, str], method: str 
 
 def parts(rows: Sequence[Mapping], known: Mapping[str, str], bits: int = 4, source: str = "mixed") -> Table:
     """GPTQ's settings at one width, by what differs from the paper's: KL on both texts, the worst on the prose first."""
-    paper = {"act_order": True, "damp": 0.01, "scale": False, "clip": False, "compensate": True}
+    paper = GPTQ(bits=bits, group_size=64, scale=False, clip=False).values()
     found: dict[str, tuple] = {}
     for r in rows:
         if r["method"] != "GPTQ" or known.get(r["calib"]) != source:
             continue
         knobs = json.loads(r["knobs"])
-        if (knobs["bits"], knobs["group_size"], knobs["format"]) != (bits, 64, "int"):
+        if any(knobs[n] != paper[n] for n in ("bits", "group_size", "format")):
             continue
         changed = ", ".join(f"{n} = {knobs[n]}" for n, value in paper.items() if knobs[n] != value) or "the paper's"
-        kl = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
-        found[changed] = kl
+        found[changed] = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
     table = sorted(found.items(), key=lambda item: -item[1][1])
     caption = f"GPTQ at {bits} bits, groups of 64, calibrated on {source}: KL in nats per token (measured)"
     return Table(("setting", "manual", "prose"), tuple((n, f"{m:.3f}", f"{p:.3f}") for n, (m, p) in table), caption)
