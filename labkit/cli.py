@@ -620,13 +620,16 @@ def _generate_parser(subparsers) -> Parser:
         labkit generate gptq --bits 4 --prompt "What is a bridge?" --chat
         labkit generate --model small --prompt "Salt" --max-new-tokens 200 --eager
         """,
-        usage="labkit generate [METHOD --KNOB VALUE ...] --prompt TEXT [--model MODEL] [--chat] [--eager]",
+        usage="labkit generate [METHOD --KNOB VALUE ...] --prompt TEXT [--model MODEL] [--chat] [--eager] [--kv-bits 8]",
     )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to continue, or with --chat to answer")
     parser.add_argument("--model", default="default", help=MODEL_HELP)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to write (64)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's template for questions")
     parser.add_argument("--eager", action="store_true", help="run through transformers, not as one graph")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(8, 4), help="keep the graph's KV cache as codes (default: fp32)"
+    )
     _no_progress(parser)
     return parser
 
@@ -634,11 +637,15 @@ def _generate_parser(subparsers) -> Parser:
 def _run_generate(options) -> None:
     from labkit.talk import Talk, fastest
 
+    if options.eager and options.kv_bits:
+        raise UsageError("--kv-bits is about the graph's cache: leave --eager out.")
+
     with contextlib.redirect_stdout(sys.stderr):
         lm = load_model(options.model)
         for cls, texts in options.steps:
             lm = _method(cls, texts)(lm, None, options.progress)
-        talk = Talk(lm if options.eager else fastest(lm), options.prompt, options.max_new_tokens, options.chat)
+        model = lm if options.eager else fastest(lm, options.kv_bits)
+        talk = Talk(model, options.prompt, options.max_new_tokens, options.chat)
     for piece in talk:
         print(piece, end="", flush=True)
     way = "eager" if talk.model is lm else "one graph"

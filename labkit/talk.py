@@ -55,11 +55,11 @@ class Talk:
             yield from _eager(self.model, self.prompt, self.max_new_tokens)
 
 
-def fastest(lm):
-    """``lm`` as one graph where it can be one, else ``lm`` itself."""
+def fastest(lm, kv_bits: int | None = None):
+    """``lm`` as one graph where it can be one, else ``lm`` itself. ``kv_bits``: as ``labkit.compile`` has it."""
     from labkit.measure import compiled
 
-    return compiled(lm) or lm
+    return compiled(lm, kv_bits) or lm
 
 
 @torch.inference_mode()

@@ -41,6 +41,15 @@ def test_greedy_text_is_that_of_the_model(tiny_lm):
             assert graphed.generate("What is salt", 24) == lm.generate("What is salt", 24)
 
 
+@pytest.mark.parametrize("family, tied", [("Llama", True), ("Qwen2", False)])
+def test_parts_are_the_models_bytes(family, tied):
+    lm = tiny(family)
+    graphed = GraphedModel(lm, context=16)
+    assert graphed.parts["head"] == 96 * 64 * 4
+    assert graphed.parts["embedding"] == (0 if tied else 96 * 64 * 4)
+    assert sum(graphed.parts.values()) == graphed.nbytes == lm.nbytes
+
+
 def test_what_does_not_fit_or_mix_is_refused(tiny_lm):
     graphed = GraphedModel(tiny_lm, context=16)
     with pytest.raises(ValueError, match="20 tokens do not fit into the context of 16"):

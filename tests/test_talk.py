@@ -48,5 +48,9 @@ def test_the_command_streams_to_stdout_and_tells_the_pace(capsys):
     )
     said = capsys.readouterr()
     assert said.out.strip() and "5 tokens, " in said.err and "(one graph)" in said.err
+    assert main(["generate", "--prompt", "Salt is", "--max-new-tokens", "5", "--kv-bits", "8"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["generate", "--prompt", "Salt is", "--eager", "--kv-bits", "8"]) == 2
+    assert "leave --eager out" in capsys.readouterr().err
     assert main(["generate", "--prompt", "", "--eager"]) == 2
     assert "prompt is empty" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from labkit.method import Recipe
 from labkit.quantize import RTN
 from labkit.ui import svg
 from labkit.ui.explore import explore
-from labkit.ui.lessons import kivi_keys, kv_bytes, kv_models
+from labkit.ui.lessons import kivi_keys, kv_bytes, kv_codes, kv_models
 from labkit.ui.lessons.cache_steps import CacheSteps
 from labkit.ui.lessons.kept_tokens import LAST, KeptTokens, as_html, needle_prompt, under
 from labkit.ui.lessons.kv_bytes import Meter
@@ -426,3 +426,16 @@ def test_what_the_notebook_says_about_the_real_model(lm, still):
     assert max(shares[p] for p in ("recent only", "random")) < 0.6
     drawn = {p: float(kept.drawn(p, 32).mean()) for p in kept.policies}
     assert drawn["SnapKV"] > drawn["StreamingLLM"] > drawn["recent only"]
+
+
+# Codes that the engine's attention reads
+
+
+def test_a_cache_of_codes_is_timed_beside_fp32():
+    found = kv_codes.compare(tiny(), contexts=(8, 24), rounds=2)
+    assert [f.context for f in found] == [8, 24]
+    for f in found:
+        assert f.nbytes == (f.context * 2 * 2 * 2 * 16 * 4, f.context * 2 * 2 * 2 * 16)  # layers, k and v, heads, width
+        assert all(t > 0 for t in f.decode + f.prefill) and 0 < f.kl < 0.1
+    shown = kv_codes.table(found)
+    assert shown.rows[0][0] == "8" and "→" in shown.rows[0][2] and "(measured)" in shown.caption

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from labkit.engine.families import NotCompilable
 from labkit.engine.session import encoded, ends_of
+from labkit.measure.memory import held
 
 WARM = 3  # steps before the recording: libraries choose their kernels and take their memory in these
 
@@ -43,7 +44,7 @@ class GraphedModel:
         if lm.device.type == "cuda":
             self._record()
         self.rewind(0)
-        self.nbytes = lm.nbytes
+        self.nbytes, self.parts = lm.nbytes, _parts(lm)
         self.seconds = time.perf_counter() - started
 
     @torch.inference_mode()
@@ -142,3 +143,11 @@ class GraphedModel:
         return (
             f"GraphedModel({self.name!r}, {done}, {self.kv_nbytes / 1e6:.1f} MB cache for {self.context} tokens, {how})"
         )
+
+
+def _parts(lm) -> dict[str, int]:
+    """Bytes of the embedding, the blocks (all else is counted there) and the head, which a tied embedding is part of."""
+    embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is embedding.weight
+    parts = {"embedding": 0 if tied else held(embedding), "blocks": 0, "head": held(head)}
+    return parts | {"blocks": lm.nbytes - sum(parts.values())}

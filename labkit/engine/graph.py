@@ -16,14 +16,26 @@ from torch import nn
 
 from labkit.engine import weights as w
 from labkit.engine.families import Block, Decoder, rotary_tables
+from labkit.engine.kv_scales import KVScales
 
 MICROSOFT = "com.microsoft"
 
 
-def build(decoder: Decoder, folder: Path, context: int, head_bits, embedding_bits, kind: type[Graph] | None = None):
-    """Write ``model.onnx`` and ``weights.bin`` for a decoder into a folder. ``kind``: a Graph that other runtimes bind."""
+def build(
+    decoder: Decoder,
+    folder: Path,
+    context: int,
+    head_bits,
+    embedding_bits,
+    kind: type[Graph] | None = None,
+    kv: KVScales | None = None,
+):
+    """Write ``model.onnx`` and ``weights.bin`` for a decoder into a folder.
+
+    ``kind``: a Graph that other runtimes bind. ``kv``: the steps of a packed cache; None keeps keys and values as fp32.
+    """
     kind = kind or Graph
-    graph = kind(w.Weights(folder / "weights.bin", kind.aligned_from), decoder)
+    graph = kind(w.Weights(folder / "weights.bin", kind.aligned_from), decoder, kv)
     try:
         graph.decoder_into(context, head_bits, embedding_bits)
     finally:
@@ -38,8 +50,8 @@ class Graph:
     ids, past, present = "ids", "past", "present"  # how inputs and outputs are called
     aligned_from = 0  # bytes from which on a tensor begins where a mapping may
 
-    def __init__(self, weights: w.Weights, decoder: Decoder):
-        self.weights, self.d = weights, decoder
+    def __init__(self, weights: w.Weights, decoder: Decoder, kv: KVScales | None = None):
+        self.weights, self.d, self.kv = weights, decoder, kv
         self.nodes: list = []
         self.inputs: list = []
         self.outputs: list = []
@@ -78,6 +90,10 @@ class Graph:
         ]
         if any(n.op_type == "MatMulNBits" for n in self.nodes):
             said.append("Products with packed weights round activations to 8 bits, block by block.")
+        if self.kv:
+            said.append(
+                f"The KV cache holds codes of {self.kv.bits} bits, with a step per channel from calibration text."
+            )
         return tuple(said)
 
     # --- the decoder ---
@@ -150,12 +166,17 @@ class Graph:
         if b.q_norm is not None:
             qkv = self.norm_heads(at, b, qkv)
         qkv = qkv + [""] * (3 - len(qkv))
-        shape = ["batch", b.kv_heads, "room", b.head_dim]
+        kind, width = self.cached(b)
+        shape = ["batch", b.kv_heads, "room", width]
         for what in ("key", "value"):
             for names, way in ((self.inputs, self.past), (self.outputs, self.present)):
-                names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", TensorProto.FLOAT, shape))
+                names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", kind, shape))
         inputs = [*qkv, f"{self.past}.{at}.key", f"{self.past}.{at}.value", "last", "total", "rotary.cos", "rotary.sin"]
         more = {} if b.window is None else {"local_window_size": b.window}
+        if self.kv:
+            steps = {"key_step": self.kv.keys[int(at)], "value_step": self.kv.values[int(at)]}
+            inputs += ["", "", "", *(self.weights.add(f"{at}.{name}", step) for name, step in steps.items())]
+            more |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": self.kv.bits}
         names = [f"{at}.attention", f"{self.present}.{at}.key", f"{self.present}.{at}.value"]
         node = helper.make_node(
             "GroupQueryAttention",
@@ -171,6 +192,12 @@ class Graph:
         )
         self.nodes.append(node)
         return names[0]
+
+    def cached(self, b: Block) -> tuple[int, int]:
+        """What the cache of a block holds: the ONNX type, and how many of them for one head and token."""
+        if self.kv is None:
+            return TensorProto.FLOAT, b.head_dim
+        return (TensorProto.INT8, b.head_dim) if self.kv.bits == 8 else (TensorProto.UINT8, b.head_dim // 2)
 
     def norm_heads(self, at: str, b: Block, qkv: list[str]) -> list[str]:
         """Norms over each head of q and k, before they are turned. On CPU the attention operator does not take them."""

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 
+from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
 from labkit.engine.graph import DenseGraph, build
@@ -24,7 +26,14 @@ STALE = 3600  # seconds after which a folder left behind by a killed process is 
 
 
 def compile(
-    lm, context: int = 2048, head_bits=8, embedding_bits=8, threads: int | None = None, prefill: str = "packed"
+    lm,
+    context: int = 2048,
+    head_bits=8,
+    embedding_bits=8,
+    threads: int | None = None,
+    prefill: str = "packed",
+    kv_bits: int | None = None,
+    calib: torch.Tensor | None = None,
 ) -> CompiledModel:
     """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
 
@@ -33,32 +42,47 @@ def compile(
     GPU it is a :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
     ``prefill``: "packed" reads prompts with the weights that decode; "dense" also holds them as fp32, for prompts that are
     long enough; "auto" measures whether and from how many tokens on that is faster here, and else lets go of them.
+    ``kv_bits``: 8 or 4 keep the KV cache as codes, for long texts: a step reads a quarter or an eighth of it, while a
+    prompt is read more slowly. Their steps come from ``calib``, LongTensor (windows, length); None: 512 tokens of the manual.
     Raises :class:`NotCompilable` for a model that one graph cannot compute, ValueError for a bad argument.
     """
     check(head_bits, embedding_bits, context=context, threads=threads)
+    if kv_bits not in (None, *kv_scales.BITS):
+        raise ValueError(f"kv_bits = {kv_bits!r} is not allowed: it must be 8, 4 or None (fp32).")
     if prefill not in PREFILLS:
         raise ValueError(f"prefill = {prefill!r} is not allowed: it must be one of {', '.join(PREFILLS)}.")
     if lm.device.type == "cuda":
         from labkit.engine.cuda_graph import GraphedModel
 
+        if kv_bits is not None:
+            raise ValueError(f"kv_bits = {kv_bits!r} is not allowed on a GPU: the cache of its graph is not packed.")
         return GraphedModel(lm, context)
     started = time.perf_counter()
     decoder = read(lm.model)
     context = min(context, decoder.context)
+    kv = None if kv_bits is None else kv_scales.find(lm, kv_bits, calib)
     with _scratch() as folder:
-        graph = build(decoder, folder, context, head_bits, embedding_bits)
+        graph = build(decoder, folder, context, head_bits, embedding_bits, kv=kv)
         built = lambda count: CompiledModel(lm, decoder, graph, folder / "model.onnx", context, count)  # noqa: E731
-        model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
+        try:
+            model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
+        except Exception as error:
+            if kv is None:
+                raise
+            from onnxruntime import __version__
+
+            text = f"The attention of onnxruntime {__version__} takes no cache of codes ({error}): kv_bits must be None here"
+            raise ValueError(text) from error
     if prefill != "packed":
-        read_densely(model, decoder, head_bits, embedding_bits, measured=prefill == "auto")
+        read_densely(model, decoder, head_bits, embedding_bits, kv, measured=prefill == "auto")
     model.seconds = time.perf_counter() - started
     return model
 
 
-def read_densely(model: CompiledModel, decoder, head_bits, embedding_bits, measured: bool) -> None:
+def read_densely(model: CompiledModel, decoder, head_bits, embedding_bits, kv, measured: bool) -> None:
     """Give a model a second graph, of dense weights, for prompts. ``measured``: only from where, and if, it is faster."""
     with _scratch() as folder:
-        graph = build(decoder, folder, model.context, head_bits, embedding_bits, DenseGraph)
+        graph = build(decoder, folder, model.context, head_bits, embedding_bits, DenseGraph, kv)
         session = _open(folder / "model.onnx", cores())
     least = 2
     if measured:
@@ -130,7 +154,7 @@ class CompiledModel:
         self.nbytes, self.parts = graph.weights.nbytes, graph.parts
         self.seconds = 0.0
         self.ends = ends_of(lm.model)
-        self._heads = [(b.kv_heads, b.head_dim) for b in decoder.blocks]
+        self._caches = [(b.kv_heads, *_array(*graph.cached(b))) for b in decoder.blocks]  # heads, width, dtype
         self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
         self._session = _open(path, threads)
         self.reader, self.reads_from = None, 0  # a second session for prompts, and from how many tokens on it is used
@@ -184,7 +208,7 @@ class CompiledModel:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of one thread's cache when it is full. Memory is taken as it fills."""
-        return sum(2 * 4 * heads * width for heads, width in self._heads) * self.context
+        return sum(2 * heads * width * kind.itemsize for heads, width, kind in self._caches) * self.context
 
     def __repr__(self) -> str:
         done = " -> ".join(self.history) or "uncompressed"
@@ -230,8 +254,8 @@ class _Run:
         self.out = np.zeros((1, 1, model._head_rows), np.float32)
         # calloc: pages that no token has reached yet take no memory.
         self.buffers = {
-            f"{i}.{what}": self.place(np.zeros((batch, heads, room, width), np.float32))
-            for i, (heads, width) in enumerate(model._heads)
+            f"{i}.{what}": self.place(np.zeros((batch, heads, room, width), kind))
+            for i, (heads, width, kind) in enumerate(model._caches)
             for what in ("key", "value")
         }
         self.bindings = {}  # session -> its binding to these places, made when it is first used
@@ -281,6 +305,11 @@ class _Run:
         self.token[0, 0] = token
         self._step(self.model._session, self.token, self.row, self.out)
         return torch.from_numpy(self.out)[:, 0]
+
+
+def _array(kind: int, width: int) -> tuple[int, np.dtype]:
+    """An ONNX type as numpy's."""
+    return width, onnx.helper.tensor_dtype_to_np_dtype(kind)
 
 
 def _open(path: Path, threads: int):

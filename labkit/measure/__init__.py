@@ -75,7 +75,7 @@ def measure(
     )
 
 
-def compiled(lm):
+def compiled(lm, kv_bits: int | None = None):
     """The model as one graph, or None where it cannot be one: another family, another device, no onnxruntime."""
     if lm.device.type not in ("cpu", "cuda"):
         return None
@@ -84,6 +84,6 @@ def compiled(lm):
     except ImportError:
         return None
     try:
-        return compile(lm)
+        return compile(lm, kv_bits=kv_bits)
     except NotCompilable:
         return None
