@@ -340,8 +340,20 @@ def test_the_best_of_each_side_meets_at_the_budget():
     assert [t.name for t in figures[0].data] == ["quantized", "pruned", "pruned and quantized", "budget"]
     _, text = duel.view(ROWS, 9, "prose", "pruned")
     assert "quantizing loses least on the prose. Your guess was pruned." in text
-    assert "decode 7.30 ms" in duel.view(ROWS, 5, "manual", "pruned")[1]
     assert "Nothing in the store is as small as 2 bits" in duel.view(ROWS, 2, "manual", "pruned")[1]
+
+
+def test_time_is_drawn_where_it_was_measured():
+    figures, text = duel.view(ROWS, 5, "manual", "pruned")
+    assert "7.30 ms per token as one graph" in text and "eagerly" not in text
+    assert len(duel.view(ROWS, 4, "manual", "pruned")[0]) == 2  # without a time there is no figure of it
+    eager = {"latency.decode_ms": 90.0, "engine.decode_ms": 20.0, "machine": "a CPU"}
+    figures, text = duel.view([row | eager for row in ROWS[3:5]] + ROWS[:3], 17, "manual", "pruned")
+    assert [(t.name, t.x, t.y) for t in figures[2].data] == [
+        ("eager", ("pruned",), (90.0,)),
+        ("one graph", ("pruned",), (20.0,)),
+    ]
+    assert "measured on a CPU" in figures[2].layout.title.text and "90.0 ms per token eagerly, 20.0 ms" in text
 
 
 def test_nothing_is_told_before_there_is_a_guess():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import nn
@@ -166,8 +167,8 @@ class Graph:
         if b.q_norm is not None:
             qkv = self.norm_heads(at, b, qkv)
         qkv = qkv + [""] * (3 - len(qkv))
-        kind, width = self.cached(b)
-        shape = ["batch", b.kv_heads, "room", width]
+        width, dtype = self.cached(b)
+        kind, shape = helper.np_dtype_to_tensor_dtype(dtype), ["batch", b.kv_heads, "room", width]
         for what in ("key", "value"):
             for names, way in ((self.inputs, self.past), (self.outputs, self.present)):
                 names.append(helper.make_tensor_value_info(f"{way}.{at}.{what}", kind, shape))
@@ -193,11 +194,11 @@ class Graph:
         self.nodes.append(node)
         return names[0]
 
-    def cached(self, b: Block) -> tuple[int, int]:
-        """What the cache of a block holds: the ONNX type, and how many of them for one head and token."""
+    def cached(self, b: Block) -> tuple[int, np.dtype]:
+        """What the cache of a block holds for one head and token: how many numbers, and of which type."""
         if self.kv is None:
-            return TensorProto.FLOAT, b.head_dim
-        return (TensorProto.INT8, b.head_dim) if self.kv.bits == 8 else (TensorProto.UINT8, b.head_dim // 2)
+            return b.head_dim, np.dtype(np.float32)
+        return (b.head_dim, np.dtype(np.int8)) if self.kv.bits == 8 else (b.head_dim // 2, np.dtype(np.uint8))
 
     def norm_heads(self, at: str, b: Block, qkv: list[str]) -> list[str]:
         """Norms over each head of q and k, before they are turned. On CPU the attention operator does not take them."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 
 from labkit.engine import kv_scales
@@ -67,11 +66,9 @@ def compile(
         try:
             model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
         except Exception as error:
-            if kv is None:
+            if kv is None or "GroupQueryAttention" not in str(error):
                 raise
-            from onnxruntime import __version__
-
-            text = f"The attention of onnxruntime {__version__} takes no cache of codes ({error}): kv_bits must be None here"
+            text = f"This onnxruntime's attention takes no cache of codes ({error}): kv_bits must be None here."
             raise ValueError(text) from error
     if prefill != "packed":
         read_densely(model, decoder, head_bits, embedding_bits, kv, measured=prefill == "auto")
@@ -154,7 +151,7 @@ class CompiledModel:
         self.nbytes, self.parts = graph.weights.nbytes, graph.parts
         self.seconds = 0.0
         self.ends = ends_of(lm.model)
-        self._caches = [(b.kv_heads, *_array(*graph.cached(b))) for b in decoder.blocks]  # heads, width, dtype
+        self._caches = [(b.kv_heads, *graph.cached(b)) for b in decoder.blocks]  # heads, numbers in one, their type
         self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
         self._session = _open(path, threads)
         self.reader, self.reads_from = None, 0  # a second session for prompts, and from how many tokens on it is used
@@ -305,11 +302,6 @@ class _Run:
         self.token[0, 0] = token
         self._step(self.model._session, self.token, self.row, self.out)
         return torch.from_numpy(self.out)[:, 0]
-
-
-def _array(kind: int, width: int) -> tuple[int, np.dtype]:
-    """An ONNX type as numpy's."""
-    return width, onnx.helper.tensor_dtype_to_np_dtype(kind)
 
 
 def _open(path: Path, threads: int):

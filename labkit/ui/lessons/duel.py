@@ -27,6 +27,7 @@ BUDGETS = (16, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2)  # bits per weight
 SIDES = ("quantized", "pruned", "both")
 COLORS = dict(zip(SIDES, (theme.BLUE, theme.ORANGE, theme.GREEN)))
 TEXTS = ("manual", "prose")
+WAYS = {"eager": "latency.decode_ms", "one graph": "engine.decode_ms"}  # how a model runs -> its column in the store
 OPEN = "not yet"  # the guess of who has not guessed
 
 
@@ -40,7 +41,8 @@ class Fighter:
     held: float  # bits per weight that are held: measured
     label: str  # how ``bits`` was got: "measured" or "modelled"
     kl: dict[str, float]  # text -> nats per token
-    decode_ms: float | None
+    decode_ms: dict[str, float]  # one of WAYS -> milliseconds per token, where it was measured
+    machine: str  # that measured them
 
 
 def fighters(rows: Sequence[Mapping]) -> list[Fighter]:
@@ -52,8 +54,9 @@ def fighters(rows: Sequence[Mapping]) -> list[Fighter]:
             continue
         held = row["memory.bits_per_weight"]
         bits, label = (at_16_bits(row), "modelled") if side == "pruned" else (held, "measured")
-        ms = row.get("engine.decode_ms") or row.get("latency.decode_ms")
-        found.append(Fighter(side, row["repr"], bits, held, label, {t: row[f"quality.{t}.kl"] for t in TEXTS}, ms))
+        ms = {way: row[column] for way, column in WAYS.items() if row.get(column)}
+        kl = {t: row[f"quality.{t}.kl"] for t in TEXTS}
+        found.append(Fighter(side, row["repr"], bits, held, label, kl, ms, row.get("machine", "")))
     return found
 
 
@@ -116,7 +119,8 @@ def view(rows: Sequence[Mapping], budget: float, text: str = "manual", guess: st
     said = "Your guess was right" if guess == winner else f"Your guess was {guess}"
     head = f"At {budget:g} bits per weight, {_called(winner)} loses least on {words.the(text)}. {said}. "
     told = [_told(side, f, text) for side, f in chosen.items()]
-    return (curves(found, budget, text), bars(here)), head + " ".join(told)
+    timed = {side: f for side, f in here.items() if f.decode_ms}
+    return (curves(found, budget, text), bars(here), *([times(timed)] if timed else [])), head + " ".join(told)
 
 
 def curves(found: Sequence[Fighter], budget: float, text: str) -> go.Figure:
@@ -156,6 +160,18 @@ def bars(here: Mapping[str, Fighter]) -> go.Figure:
     return go.Figure(data, layout("The best within the budget (measured)", 300, **look))
 
 
+def times(here: Mapping[str, Fighter]) -> go.Figure:
+    """Decode time of each side's best, eagerly and as one graph, as the machine that is named measured it."""
+    data = []
+    for way, color in zip(WAYS, (theme.GREY, theme.GREEN)):
+        own = {side: f.decode_ms[way] for side, f in here.items() if way in f.decode_ms}
+        x = [{"both": "pruned and quantized"}.get(side, side) for side in own]
+        data.append(go.Bar(name=way, x=x, y=[float(f"{y:.3g}") for y in own.values()], marker_color=color))
+    machines = " and ".join(dict.fromkeys(f.machine for f in here.values()))
+    look = {"barmode": "group", "xaxis": axis(), "yaxis": axis("decode, ms per token", rangemode="tozero")}
+    return go.Figure(data, layout(f"Their time (measured on {machines})", 300, **look))
+
+
 def table(rows: Sequence[Mapping], budgets: Sequence[float] = BUDGETS, text: str = "manual") -> Table:
     """Who wins at every budget, with the least KL of each side."""
     found, lines = fighters(rows), []
@@ -190,5 +206,6 @@ def _told(side: str, f: Fighter | None, text: str) -> str:
         return f"{name}: nothing in the store is so small."
     other = next(t for t in TEXTS if t != text)
     size = f"{f.bits:.2f} bits" if f.label == "measured" else f"{f.bits:.2f} bits modelled, {f.held:.2f} held"
-    ms = f", decode {words.short(f.decode_ms)} ms" if f.decode_ms else ""
+    how = {"eager": "eagerly", "one graph": "as one graph"}
+    ms = "".join(f", {words.short(x)} ms per token {how[way]}" for way, x in f.decode_ms.items())
     return f"{name}: {f.name} with {size}, KL {words.short(f.kl[text])} ({words.short(f.kl[other])} on {words.the(other)}){ms}."

@@ -25,7 +25,7 @@ MARKS = (*theme.SERIES, "#555555", "#f0e442")
 
 
 def stored(lm, store=None, windows: int = 8, length: int = 512, kind: str | None = None) -> list[dict]:
-    """The store's rows of this model on the lab's evaluation texts at this size, the newest of each setting.
+    """The store's rows of this model on the lab's evaluation texts at this size: of each setting the newest that was timed.
 
     ``kind``: methods of one kind only, such as "quantize".
     """
@@ -34,6 +34,7 @@ def stored(lm, store=None, windows: int = 8, length: int = 512, kind: str | None
 
     hashes = json.dumps(text_hashes(lm, ("manual", "prose"), windows, length), sort_keys=True)
     rows = (Store() if store is None else store).rows(model=f"{lm.name}@{lm.fingerprint}", texts=hashes)
+    rows = sorted(rows, key=lambda r: r.get("latency.decode_ms") is not None)  # stable; those without times come first
     newest = {(r["method"], r["knobs"], r["calib"]): r for r in rows if r["method"] != "uncompressed"}
     known = methods()
     return [r for r in newest.values() if kind is None or (r["method"] in known and known[r["method"]].kind == kind)]
