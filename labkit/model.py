@@ -189,6 +189,8 @@ def _from_pretrained(name: str, dtype) -> LanguageModel:
         if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except ImportError:  # a package is missing or broken: that says nothing about the model
+        raise
     except Exception as error:
         reason, shown = _reason(error), brief(name)
         where = f"The folder {shown} holds no model that can be read" if local else f"There is no model {shown} here"

@@ -14,7 +14,7 @@ from torch import nn
 import labkit
 from labkit.engine import NotCompilable, compile, session
 from labkit.engine import threads as policy
-from labkit.formats import Integer
+from labkit.formats import Affine, Integer
 from labkit.linear import PackedLinear, exact
 
 COMPILED = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
@@ -99,12 +99,42 @@ def test_packed_logits_are_those_of_the_same_kernels_eagerly(bits, group_size):
     assert compiled.parts["blocks"] < 14 * 96 * 64 * 4 // 2
 
 
-@pytest.mark.parametrize("bits", (3, 5))
-def test_widths_the_operator_does_not_take_are_dense_and_named(bits):
-    small = labkit.RTN(bits=bits, group_size=32)(shaken())
+@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (8, None), (2, 48)])
+def test_real_valued_zeros_stay_packed(family, bits, group_size):
+    """What HQQ writes: the operator gets whole zero points, and a small product adds what they leave."""
+    small = labkit.HQQ(bits=bits, group_size=group_size)(shaken(family), progress=False)
     compiled = compile(small, **DENSE)
-    assert (compiled.logits(IDS) - eager(small)).abs().max() < 1e-5
-    assert compiled.notes[0].startswith("14 linears of") and f"bits={bits}" in compiled.notes[0]
+    with torch.inference_mode():
+        same_kernels = small.model(IDS).logits
+    assert len([m for m in small.model.modules() if getattr(m, "runtime_nbytes", 0)]) == 14
+    error = (compiled.logits(IDS) - same_kernels).abs()
+    assert error.median() < 1e-5 and error.max() < 2e-2 * same_kernels.abs().max()
+    assert "round activations to 8 bits" in compiled.notes[0]
+    assert compiled.parts["blocks"] < compile(shaken(family), **DENSE).parts["blocks"] / 2
+
+
+@pytest.mark.parametrize("bits, width", [(3, 4), (5, 8), (6, 8), (7, 8)])
+@pytest.mark.parametrize("method", [labkit.RTN, labkit.HQQ])
+def test_widths_the_operator_does_not_take_are_written_with_more_bits(method, bits, width):
+    small = method(bits=bits, group_size=32)(shaken("Qwen2"), progress=False)
+    compiled = compile(small, **DENSE)
+    error = (compiled.logits(IDS) - eager(small)).abs()  # eagerly in floating point: here activations are rounded
+    assert 1e-5 < error.max() < 0.02 * eager(small).abs().max()
+    assert (
+        compiled.notes[0]
+        == f"Codes of {bits} bits take {width} here, the next width of the operator (14 of the linears)."
+    )
+    same = compile(method(bits=width, group_size=32)(shaken("Qwen2"), progress=False), **DENSE)
+    assert compiled.parts["blocks"] == same.parts["blocks"] and same.notes[0].startswith("Products")
+
+
+def test_formats_the_operator_does_not_take_are_dense_and_named():
+    for setting in ({"format": "nf4", "group_size": 32}, {"bits": 4, "group_size": 24}):
+        small = labkit.RTN(**setting)(shaken(), progress=False)
+        compiled = compile(small, **DENSE)
+        assert (compiled.logits(IDS) - eager(small)).abs().max() < 1e-5
+        assert compiled.notes[0].startswith("14 linears of") and "are dense fp32 here" in compiled.notes[0]
 
 
 def test_mixed_widths_and_dense_layers_in_one_block():
@@ -115,10 +145,12 @@ def test_mixed_widths_and_dense_layers_in_one_block():
             encoded = Integer((4, 8, 2, 3)[2 * i + j], 32, symmetric=bool(j)).encode(old.weight)
             setattr(layer.self_attn, name, PackedLinear(encoded, old.bias))
         layer.mlp.up_proj = PackedLinear(Integer(8, 64).encode(layer.mlp.up_proj.weight), None)
+        layer.mlp.gate_proj = PackedLinear(Affine(8, 64).encode(layer.mlp.gate_proj.weight), None)  # one has a rest
     compiled = compile(lm, **DENSE)
     with torch.inference_mode():
-        assert (compiled.logits(IDS) - lm.model(IDS).logits).abs().median() < 1e-5
-    assert any("bits=3" in note for note in compiled.notes)
+        # One linear, of 3 bits, rounds its activations here only.
+        assert (compiled.logits(IDS) - lm.model(IDS).logits).abs().median() < 2e-4
+    assert "Codes of 3 bits take 4 here, the next width of the operator (1 of the linears)." in compiled.notes
 
 
 def test_heads_channels_and_layers_may_be_fewer_than_the_config_says():

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from labkit.formats import NVFP4, Integer
+from labkit.formats import NVFP4, Affine, Integer, integers
 from labkit.linear import PackedLinear, exact, matmulnbits, tinygemm
 from labkit.measure import memory
 
@@ -51,6 +51,31 @@ def test_codes_come_back_out_of_the_kernel(bits, symmetric, columns):
     assert layer.runtime_nbytes == 0
     layer(torch.randn(1, columns))
     assert torch.equal(layer.state_dict()["packed"], q.packed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 16, 48, 128])
+@pytest.mark.parametrize("columns", [192, 200])
+def test_real_valued_zeros_run_on_the_kernel_too(bits, group_size, columns):
+    draw = torch.Generator().manual_seed(bits)
+    weight = torch.randn(40, columns, generator=draw) * 0.02
+    weight[5], weight[6] = 0, 5  # all zero, and all the same
+    weight[7] = weight[7].abs() + 1  # zero is far outside of what its codes span
+    q = Affine(bits, group_size).encode(weight)
+    whole, rest = integers(q)
+    spread = rest.repeat_interleave(whole.group_size, 1)[:, :columns]
+    assert (whole.decode() + spread - q.decode()).abs().max() < 1e-5
+    layer, truth_of = PackedLinear(q), q.decode().double()
+    on_kernel = bits != 3 and whole.group_size % 16 == 0
+    for rows in (1, 3, 64):
+        x = torch.randn(rows, columns, generator=draw)
+        truth = x.double() @ truth_of.T
+        error = (layer(x).double() - truth).norm() / truth.norm()
+        assert error < (1e-2 if on_kernel else 1e-5)
+    assert (layer.runtime_nbytes > 0) == on_kernel
+    if on_kernel:  # what the whole zeros left is held, and counted
+        assert layer.runtime_nbytes >= q.tensors()["packed"].numel() + rest.nbytes
+    assert torch.equal(layer.quantized.tensors()["packed"], q.tensors()["packed"]) and layer.runtime_nbytes == 0
 
 
 def test_many_rows_are_shared_out_over_threads():

@@ -57,6 +57,9 @@ class Graph:
         self.inputs: list = []
         self.outputs: list = []
         self.dense: dict[str, list[str]] = {}  # why a packed linear is dense here -> which ones
+        self.widened: dict[
+            tuple[int, int], set[int]
+        ] = {}  # (bits of a code, bits that it takes here) -> of which linears
 
     def node(self, kind: str, inputs: list[str], name: str, domain: str = "", outputs: int = 1, **attributes):
         """Add an operator; returns the name of its output, or their names."""
@@ -85,9 +88,13 @@ class Graph:
     def notes(self) -> tuple[str, ...]:
         """What the graph computes otherwise than the source, in sentences."""
         said = [
-            f"{len(names)} linears of {kind} are dense fp32 here: the operator takes integers of 2, 4 or 8 bits in "
-            "groups of 16, 32, 64, 128 or 256 columns."
+            f"{len(names)} linears of {kind} are dense fp32 here: the operator takes integers in groups of 16, 32, 64, "
+            "128 or 256 columns."
             for kind, names in self.dense.items()
+        ]
+        said += [
+            f"Codes of {bits} bits take {width} here, the next width of the operator ({len(which)} of the linears)."
+            for (bits, width), which in self.widened.items()
         ]
         if any(n.op_type == "MatMulNBits" for n in self.nodes):
             said.append("Products with packed weights round activations to 8 bits, block by block.")
@@ -227,7 +234,7 @@ class Graph:
         """Products of x with one or more linears: fused into one output where their weights are alike, else one each."""
         found = [self.packed(m) for m in modules]
         if w.alike(found):
-            return [self.product_packed(name, found, self.bias(modules), x)]
+            return [self.plus_rest(name, modules, x, self.product_packed(name, found, self.bias(modules), x))]
         if len(modules) > 1 and any(f is not None for f in found):
             return [self.linear(f"{name}.{i}", [m], x)[0] for i, m in enumerate(modules)]
         for i, m in enumerate(modules):
@@ -242,7 +249,10 @@ class Graph:
 
     def packed(self, module: nn.Module):
         """The codes of a linear that stays packed in this graph, or None."""
-        return w.packed(module)
+        found = w.packed(module)
+        if found is not None and found.bits != module.quantized.form.bits:
+            self.widened.setdefault((module.quantized.form.bits, found.bits), set()).add(id(module))
+        return found
 
     def bias(self, modules: list[nn.Module]) -> torch.Tensor | None:
         if all(m.bias is None for m in modules):
@@ -272,6 +282,19 @@ class Graph:
             accuracy_level=4,
         )
 
+    def plus_rest(self, name: str, modules: list[nn.Module], x: str, y: str) -> str:
+        """y, and for affine weights what their whole zero points left out: sums of the inputs' groups times the rest."""
+        rest = w.rest(modules)
+        if rest is None:
+            return y
+        whole, _ = w.whole(modules[0])
+        which = f"sums.{whole.columns}.{whole.group_size}"
+        if which not in self.weights.sizes:  # one for all linears of this width
+            self.weights.add(which, w.sums(whole.columns, whole.group_size))
+        added = self.node("MatMul", [x, which], f"{name}.added")
+        added = self.node("MatMul", [added, self.weights.add(f"{name}.rest", rest)], f"{name}.left")
+        return self.node("Add", [y, added], f"{name}.whole")
+
     # --- the two ends ---
 
     def _head_weight(self, bits: int | None):
@@ -283,7 +306,8 @@ class Graph:
 
     def head(self, x: str, packed) -> str:
         if packed is not None:
-            return self.product_packed("head", [packed], self.bias([self.d.head]), x)
+            y = self.product_packed("head", [packed], self.bias([self.d.head]), x)
+            return self.plus_rest("head", [self.d.head], x, y)
         (y,) = self.linear("head", [self.d.head], x)
         return y
 

@@ -12,7 +12,8 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from labkit.formats import Integer, Quantized, pack
+from labkit.formats import Encoded, Integer, Quantized, integers, pack
+from labkit.linear.matmulnbits import widths
 
 BLOCKS = (256, 128, 64, 32, 16)  # the block sizes that MatMulNBits takes
 ALIGN = 1 << 16  # where a mapping may begin, on every system
@@ -62,11 +63,41 @@ class Weights:
         self._out.close()
 
 
-def packed(module: nn.Module) -> Quantized | None:
-    """The codes of a linear, when the operator can multiply by them as they are."""
+def whole(module: nn.Module) -> tuple[Quantized, torch.Tensor | None] | None:
+    """A linear's weight as integers in groups that the operator takes, and their rest: see :func:`labkit.formats.integers`."""
     weight = getattr(module, "quantized", None)
-    fits = isinstance(weight, Quantized) and weight.bits in (2, 4, 8) and weight.group_size % BLOCKS[-1] == 0
-    return weight if fits else None
+    found = integers(weight) if isinstance(weight, Encoded) else None
+    return found if found and found[0].group_size % BLOCKS[-1] == 0 else None
+
+
+def packed(module: nn.Module) -> Quantized | None:
+    """The codes of a linear, when the operator can multiply by them: as they are, or written with more bits each."""
+    found = whole(module)
+    return found and widened(found[0])
+
+
+def widened(weight: Quantized) -> Quantized:
+    """The same codes, each in as many bits as the operator takes: 3 bits become 4; 5, 6 and 7 become 8."""
+    bits = min(width for width in widths() if width >= weight.bits)
+    if bits == weight.bits:
+        return weight
+    codes, zeros = pack(weight.codes(), bits), pack(weight.zeros(), bits)
+    return Quantized(codes, weight.scale, zeros, bits, weight.group_size, weight.columns)
+
+
+def rest(modules: list[nn.Module]) -> torch.Tensor | None:
+    """What whole zero points leave of affine weights below one another, fp32 (groups, out); None where nothing is left."""
+    found = [whole(m) or (None, None) for m in modules]
+    if all(left is None for _, left in found):
+        return None
+    parts = [torch.zeros(codes.scale.shape) if left is None else left for codes, left in found]
+    return torch.cat(parts).T.contiguous()
+
+
+def sums(columns: int, group_size: int) -> torch.Tensor:
+    """The matrix that adds up each group of its input: fp32 (columns, groups) of ones and zeros."""
+    group = torch.arange(columns) // group_size
+    return nn.functional.one_hot(group).float()
 
 
 def rows(module: nn.Module) -> int:
@@ -77,8 +108,8 @@ def rows(module: nn.Module) -> int:
 def layout(weights: list[Quantized]) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes of one or more matrices over the same input, below one another, as MatMulNBits wants them.
 
-    Returns the block size; B uint8 (out, blocks, bytes); scales fp32 (out, blocks); zeros, packed uint8 (out, bytes),
-    or fp32 (out, blocks) where a format has real-valued ones, or None where every zero is the middle code.
+    Returns the block size; B uint8 (out, blocks, bytes); scales fp32 (out, blocks); zeros, packed uint8 (out, bytes), or
+    None where every zero is the middle code.
     """
     parts = [_layout(w) for w in weights]
     sizes, codes, scales, zeros = zip(*parts)
@@ -92,8 +123,7 @@ def _layout(weight: Quantized):
     blocks = -(-weight.columns // size)
     repeat = weight.group_size // size  # a scale per group there, a scale per block here
     scales = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks]
-    zeros = weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
-    zeros = zeros.float() if zeros.is_floating_point() else pack(zeros, weight.bits)
+    zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
     short = blocks * size * weight.bits // 8 - weight.packed.shape[1]
     codes = nn.functional.pad(weight.packed, (0, short)) if short else weight.packed
     return size, codes.view(len(codes), blocks, -1), scales, zeros
@@ -104,10 +134,8 @@ def block_size(weight: Quantized) -> int:
 
 
 def alike(weights: list[Quantized | None]) -> bool:
-    """True when these matrices can be one: the same bits, block size and input width."""
-    if any(w is None for w in weights):
-        return False
-    return len({(w.bits, block_size(w), w.columns, w.zeros().dtype) for w in weights}) == 1
+    """True when these matrices can be one: the same bits, groups and input width."""
+    return None not in weights and len({(w.bits, w.group_size, w.columns) for w in weights}) == 1
 
 
 def encode(weight: torch.Tensor, bits: int, group_size: int, step: int = 8192) -> Quantized:

@@ -1,6 +1,6 @@
 """Number formats: encode a weight matrix into codes and metadata, decode it, and count its true bits."""
 
-from labkit.formats.affine import Affine
+from labkit.formats.affine import Affine, integers
 from labkit.formats.base import Encoded, Format, Params
 from labkit.formats.integer import Integer, Quantized
 from labkit.formats.minifloat import MINIFLOATS, Minifloat
@@ -32,6 +32,7 @@ __all__ = [
     "by_name",
     "settings",
     "restore",
+    "integers",
     "pack",
     "unpack",
 ]

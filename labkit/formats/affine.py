@@ -13,7 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Format, Params, check_group_size, stored
+from labkit.formats.base import Encoded, Format, Params, check_group_size, stored
+from labkit.formats.integer import Quantized
+from labkit.formats.pack import pack
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,25 @@ class Affine(Format):
 
     def load(self, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> Params:
         return stored["scale"].float(), stored["minimum"].float()
+
+
+def integers(weight: Encoded) -> tuple[Quantized, torch.Tensor | None] | None:
+    """A weight as kernels for integers can take it: with whole zero points, and what is left to add; None for a foreign format.
+
+    For an affine weight, code * scale + minimum = (code - zero) * scale + rest, with the whole zero that is nearest to
+    the real one. A kernel computes the first term; ``rest``, fp32 (out, groups), times the sum of a group's inputs is
+    the second. Integers have no rest (None).
+    """
+    if isinstance(weight, Quantized):
+        return weight, None
+    if not isinstance(weight.form, Affine):
+        return None
+    scale, minimum = weight.params()
+    form, columns = weight.form, weight.shape[1]
+    zero = (-minimum / scale).round().clamp(0, form.top)
+    kept, zeros = weight.tensors(), pack(zero.to(torch.uint8), form.bits)
+    whole = Quantized(kept["packed"], kept["scale"], zeros, form.bits, form.size(columns), columns)
+    return whole, minimum + zero * scale
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:

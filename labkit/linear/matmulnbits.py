@@ -1,7 +1,8 @@
 """onnxruntime's MatMulNBits as a function: 2-, 4- and 8-bit weights, int8 activations, at the memory roof of a CPU.
 
 With ``accuracy_level=4`` the kernel rounds activations to int8, block by block, and multiplies integers; other levels
-are far slower. It repacks the weights at load into an order of its own.
+are far slower. It repacks the weights at load into an order of its own. Real-valued zero points would be slow too: an
+affine weight goes in with the nearest whole ones, and what is left is a small product of its own.
 
 Each session gets one thread: sessions own their thread pools, and a hundred spinning pools hang a machine. Many rows
 are shared out over the cores instead: one session may run in several threads at once.
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from labkit.formats import Quantized, pack
+from labkit.formats import Encoded, integers, pack
 
 BLOCKS = (256, 128, 64, 32, 16)
 SHARE = 16  # rows that are worth a thread of their own
@@ -33,18 +34,22 @@ def widths() -> tuple[int, ...]:
 
 
 def takes(weight, device: torch.device) -> bool:
-    """True when the kernel can multiply by such a weight: integer codes of 2, 4 or 8 bits in groups of 16, 32, … columns."""
-    integers = isinstance(weight, Quantized) and weight.bits in widths()
-    return integers and device.type == "cpu" and weight.group_size % BLOCKS[-1] == 0
+    """True when the kernel can multiply by such a weight: codes of 2, 4 or 8 bits in groups of 16, 32, … columns."""
+    if device.type != "cpu" or weight.form.bits not in widths():
+        return False
+    found = integers(weight)
+    return found is not None and found[0].group_size % BLOCKS[-1] == 0
 
 
 class Kernel:
     """One matrix, ready to multiply: ``kernel(x)`` for x (rows, in) gives (rows, out), computed in fp32."""
 
-    def __init__(self, weight: Quantized):
+    def __init__(self, encoded: Encoded):
         import onnxruntime as ort
         from onnx import TensorProto, helper
 
+        weight, rest = integers(encoded)
+        self.rest, self.group_size = None if rest is None else rest.T.contiguous(), weight.group_size
         size = next(b for b in BLOCKS if weight.group_size % b == 0)
         blocks = -(-weight.columns // size)
         rows = weight.packed.shape[0]
@@ -83,7 +88,7 @@ class Kernel:
         options.enable_cpu_mem_arena = False  # each of hundreds of sessions would keep the largest output it ever made
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         # The runtime keeps the codes in its own order, a scale and a sum per block, and the zeros.
-        self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel()
+        self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel() + (0 if rest is None else rest.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = min(torch.get_num_threads(), max(1, len(x) // SHARE))
@@ -92,7 +97,12 @@ class Kernel:
         return torch.cat(list(_pool(parts).map(self._run, x.tensor_split(parts))))
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().float().contiguous().numpy()})[0])
+        x = x.detach().float().contiguous()
+        y = torch.from_numpy(self.session.run(["y"], {"x": x.numpy()})[0])
+        if self.rest is None:
+            return y
+        sums = torch.nn.functional.pad(x, (0, -x.shape[1] % self.group_size)).unflatten(1, (-1, self.group_size)).sum(2)
+        return y.addmm_(sums, self.rest)
 
     def __deepcopy__(self, memo) -> Kernel:
         return self  # it never changes, and a session cannot be copied
