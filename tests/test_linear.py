@@ -134,7 +134,7 @@ def test_the_8_bit_kernel_of_torch_computes_what_its_codes_say():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("form", [Integer(4, 64), Integer(8, None, symmetric=True)])
+@pytest.mark.parametrize("form", [Integer(4, 64), Affine(4, 64), Integer(8, None, symmetric=True)])
 def test_tinygemm_against_float64(form):
     weight = torch.randn(64, 576)
     q = form.encode(weight)
@@ -143,4 +143,4 @@ def test_tinygemm_against_float64(form):
     truth = x.double() @ q.decode().double().T
     assert (layer(x.cuda()).cpu().double() - truth).norm() / truth.norm() < 2e-2
     assert layer.runtime_nbytes > 0
-    assert torch.equal(layer.quantized.packed.cpu(), q.packed)
+    assert torch.equal(layer.quantized.tensors()["packed"].cpu(), q.tensors()["packed"])

@@ -57,9 +57,7 @@ class Graph:
         self.inputs: list = []
         self.outputs: list = []
         self.dense: dict[str, list[str]] = {}  # why a packed linear is dense here -> which ones
-        self.widened: dict[
-            tuple[int, int], set[int]
-        ] = {}  # (bits of a code, bits that it takes here) -> of which linears
+        self.widened: dict[tuple[int, int], set[int]] = {}  # bits of a code, bits that it takes here -> which linears
 
     def node(self, kind: str, inputs: list[str], name: str, domain: str = "", outputs: int = 1, **attributes):
         """Add an operator; returns the name of its output, or their names."""

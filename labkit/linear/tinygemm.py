@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import torch
 
-from labkit.formats import Quantized
+from labkit.formats import Encoded, integers
 
 GROUPS = (32, 64, 128, 256)
 
 
 def takes(weight, device: torch.device) -> bool:
-    """True for 4-bit integers in groups the kernel knows, and 8-bit ones per row, on an Ampere GPU or a newer one."""
-    if not isinstance(weight, Quantized) or device.type != "cuda" or weight.packed.shape[0] % 8:
+    """True for 4-bit codes in groups the kernel knows, and 8-bit integers per row, on an Ampere GPU or a newer one."""
+    found = integers(weight)
+    if found is None or device.type != "cuda" or weight.shape[0] % 8:
         return False
-    if weight.bits == 4:
-        fits = weight.group_size in GROUPS and weight.columns % weight.group_size == 0
+    whole, rest = found
+    if whole.bits == 4:
+        fits = whole.group_size in GROUPS and whole.columns % whole.group_size == 0
+        if rest is not None:  # in bf16 a shift of many steps would lose the last of them
+            fits = fits and bool((rest.abs() <= whole.scale).all())
     else:
-        fits = weight.bits == 8 and weight.zero is None and weight.group_size == weight.columns
+        fits = whole.bits == 8 and whole.zero is None and whole.group_size == whole.columns
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Kernel:
     """One matrix, ready to multiply: ``kernel(x)`` for x (rows, in) gives (rows, out), computed in bf16."""
 
-    def __init__(self, weight: Quantized):
+    def __init__(self, encoded: Encoded):
+        weight, rest = integers(encoded)
         codes, scale = weight.codes(), weight.scale.float()
         self.bits, self.group_size = weight.bits, weight.group_size
         if self.bits == 8:
@@ -39,7 +44,7 @@ class Kernel:
             tiles = next(t for t in (8, 4, 2) if weight.columns % (16 * t) == 0)
             pairs = (codes[:, ::2] << 4) | codes[:, 1::2]  # this kernel wants the first code in the high half
             self.packed = torch._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-            shift = (8 - weight.zeros().float()) * scale
+            shift = (8 - weight.zeros().float()) * scale + (0 if rest is None else rest)
             self.scale = torch.stack([scale.T, shift.T], -1).to(torch.bfloat16).contiguous()  # (groups, out, 2)
         self.nbytes = sum(t.numel() * t.element_size() for t in (self.packed, self.scale))
 
