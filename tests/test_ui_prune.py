@@ -287,7 +287,7 @@ def test_calibrations_come_from_the_store_when_it_has_both_methods():
 
 
 def quantized_row(bits: float, kl: float, **more) -> dict:
-    row = pruned_row("Wanda", kl) | {"method": "RTN", "knobs": '{"bits": 4}', "repr": f"RTN at {bits}"}
+    row = pruned_row("Wanda", kl) | {"method": "RTN", "knobs": f'{{"bits": {bits}}}', "repr": f"RTN at {bits}"}
     return row | {"memory.bits_per_weight": bits} | more
 
 
@@ -353,6 +353,8 @@ def test_time_is_drawn_where_it_was_measured():
         ("eager", ("pruned",), (90.0,)),
         ("one graph", ("pruned",), (20.0,)),
     ]
+    untimed = [pruned_row("SparseGPT", 0.1, calib="manual"), pruned_row("SparseGPT", 0.2) | eager]
+    assert duel.fighters(untimed)[0].decode_ms == {"eager": 90.0, "one graph": 20.0}  # whatever it was calibrated on
     assert "measured on a CPU" in figures[2].layout.title.text and "90.0 ms per token eagerly, 20.0 ms" in text
 
 

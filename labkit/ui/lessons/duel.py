@@ -12,6 +12,7 @@ pruned rows are counted with 16-bit values, at 16 × density and their mask (*mo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,16 +49,22 @@ class Fighter:
 def fighters(rows: Sequence[Mapping]) -> list[Fighter]:
     """The rows that quantize, prune, or do both, on both texts; others are left out."""
     found = []
+    # A time does not depend on the calibration: what was not timed with its own has that of the same setting.
+    timed = {(r["method"], r["knobs"]): r for r in rows if _times(r)}
     for row in rows:
         side = side_of(row)
         if side is None or any(row.get(f"quality.{t}.kl") is None for t in TEXTS):
             continue
         held = row["memory.bits_per_weight"]
         bits, label = (at_16_bits(row), "modelled") if side == "pruned" else (held, "measured")
-        ms = {way: row[column] for way, column in WAYS.items() if row.get(column)}
+        clock = row if _times(row) else timed.get((row["method"], row["knobs"]), {})
         kl = {t: row[f"quality.{t}.kl"] for t in TEXTS}
-        found.append(Fighter(side, row["repr"], bits, held, label, kl, ms, row.get("machine", "")))
+        found.append(Fighter(side, row["repr"], bits, held, label, kl, _times(clock), clock.get("machine", "")))
     return found
+
+
+def _times(row: Mapping) -> dict[str, float]:
+    return {way: row[column] for way, column in WAYS.items() if row.get(column)}
 
 
 def side_of(row: Mapping) -> str | None:
@@ -153,9 +160,8 @@ def bars(here: Mapping[str, Fighter]) -> go.Figure:
     """KL of each side's best, on both texts."""
     data = []
     for name, color in zip(TEXTS, (theme.BLUE, theme.ORANGE)):
-        x = [{"both": "pruned and quantized"}.get(side, side) for side in here]
         y = [float(f"{f.kl[name]:.4g}") for f in here.values()]
-        data.append(go.Bar(name=words.the(name), x=x, y=y, marker_color=color))
+        data.append(go.Bar(name=words.the(name), x=list(here), y=y, marker_color=color))
     look = {"barmode": "group", "xaxis": axis(), "yaxis": axis("KL, nats per token", rangemode="tozero")}
     return go.Figure(data, layout("The best within the budget (measured)", 300, **look))
 
@@ -165,10 +171,11 @@ def times(here: Mapping[str, Fighter]) -> go.Figure:
     data = []
     for way, color in zip(WAYS, (theme.GREY, theme.GREEN)):
         own = {side: f.decode_ms[way] for side, f in here.items() if way in f.decode_ms}
-        x = [{"both": "pruned and quantized"}.get(side, side) for side in own]
-        data.append(go.Bar(name=way, x=x, y=[float(f"{y:.3g}") for y in own.values()], marker_color=color))
+        data.append(go.Bar(name=way, x=list(own), y=[float(f"{y:.3g}") for y in own.values()], marker_color=color))
     machines = " and ".join(dict.fromkeys(f.machine for f in here.values()))
-    look = {"barmode": "group", "xaxis": axis(), "yaxis": axis("decode, ms per token", rangemode="tozero")}
+    top = max(y for trace in data for y in trace.y)  # eager and one graph may be a hundred times apart
+    scale = axis("decode, ms per token", True, range=[0, math.log10(top) + 0.1])  # from 1 ms
+    look = {"barmode": "group", "xaxis": axis(), "yaxis": scale}
     return go.Figure(data, layout(f"Their time (measured on {machines})", 300, **look))
 
 
