@@ -12,10 +12,9 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from labkit.formats import Encoded, Integer, Quantized, integers, pack
-from labkit.linear.matmulnbits import widths
+from labkit.formats import Encoded, Integer, Quantized, pack
+from labkit.linear import matmulnbits
 
-BLOCKS = (256, 128, 64, 32, 16)  # the block sizes that MatMulNBits takes
 ALIGN = 1 << 16  # where a mapping may begin, on every system
 KINDS = {
     torch.float32: TensorProto.FLOAT,
@@ -64,10 +63,9 @@ class Weights:
 
 
 def whole(module: nn.Module) -> tuple[Quantized, torch.Tensor | None] | None:
-    """A linear's weight as integers in groups that the operator takes, and their rest: see :func:`labkit.formats.integers`."""
+    """A linear's weight as integers in groups that the operator takes, and their rest; None for any other linear."""
     weight = getattr(module, "quantized", None)
-    found = integers(weight) if isinstance(weight, Encoded) else None
-    return found if found and found[0].group_size % BLOCKS[-1] == 0 else None
+    return matmulnbits.whole(weight) if isinstance(weight, Encoded) else None
 
 
 def packed(module: nn.Module) -> Quantized | None:
@@ -78,7 +76,7 @@ def packed(module: nn.Module) -> Quantized | None:
 
 def widened(weight: Quantized) -> Quantized:
     """The same codes, each in as many bits as the operator takes: 3 bits become 4; 5, 6 and 7 become 8."""
-    bits = min(width for width in widths() if width >= weight.bits)
+    bits = min(width for width in matmulnbits.widths() if width >= weight.bits)
     if bits == weight.bits:
         return weight
     codes, zeros = pack(weight.codes(), bits), pack(weight.zeros(), bits)
@@ -111,26 +109,10 @@ def layout(weights: list[Quantized]) -> tuple[int, torch.Tensor, torch.Tensor, t
     Returns the block size; B uint8 (out, blocks, bytes); scales fp32 (out, blocks); zeros, packed uint8 (out, bytes), or
     None where every zero is the middle code.
     """
-    parts = [_layout(w) for w in weights]
-    sizes, codes, scales, zeros = zip(*parts)
+    sizes, codes, scales, zeros = zip(*(matmulnbits.layout(w) for w in weights))
     if all(w.zero is None for w in weights):
         return sizes[0], torch.cat(codes), torch.cat(scales), None
     return sizes[0], torch.cat(codes), torch.cat(scales), torch.cat(zeros)
-
-
-def _layout(weight: Quantized):
-    size = block_size(weight)
-    blocks = -(-weight.columns // size)
-    repeat = weight.group_size // size  # a scale per group there, a scale per block here
-    scales = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks]
-    zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
-    short = blocks * size * weight.bits // 8 - weight.packed.shape[1]
-    codes = nn.functional.pad(weight.packed, (0, short)) if short else weight.packed
-    return size, codes.view(len(codes), blocks, -1), scales, zeros
-
-
-def block_size(weight: Quantized) -> int:
-    return next(b for b in BLOCKS if weight.group_size % b == 0)
 
 
 def alike(weights: list[Quantized | None]) -> bool:

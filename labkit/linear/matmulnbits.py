@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from labkit.formats import Encoded, integers, pack
+from labkit.formats import Encoded, Quantized, integers, pack
 
-BLOCKS = (256, 128, 64, 32, 16)
+BLOCKS = (256, 128, 64, 32, 16)  # columns that share a scale, as the operator takes them
 SHARE = 16  # rows that are worth a thread of their own
 
 
@@ -35,10 +35,28 @@ def widths() -> tuple[int, ...]:
 
 def takes(weight, device: torch.device) -> bool:
     """True when the kernel can multiply by such a weight: codes of 2, 4 or 8 bits in groups of 16, 32, … columns."""
-    if device.type != "cpu" or weight.form.bits not in widths():
-        return False
+    return device.type == "cpu" and weight.form.bits in widths() and whole(weight) is not None
+
+
+def whole(weight: Encoded) -> tuple[Quantized, torch.Tensor | None] | None:
+    """A weight as integers, and their rest (:func:`labkit.formats.integers`); None where the operator takes no such groups."""
     found = integers(weight)
-    return found is not None and found[0].group_size % BLOCKS[-1] == 0
+    return found if found and found[0].group_size % BLOCKS[-1] == 0 else None
+
+
+def layout(weight: Quantized) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix as the operator wants it.
+
+    Returns the block size; codes uint8 (out, blocks, bytes); scales fp32 (out, blocks); zeros, packed uint8 (out, bytes).
+    """
+    size = next(b for b in BLOCKS if weight.group_size % b == 0)
+    blocks = -(-weight.columns // size)
+    repeat = weight.group_size // size  # one scale per group, and here one per block
+    scales = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
+    zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
+    short = blocks * size * weight.bits // 8 - weight.packed.shape[1]
+    codes = torch.nn.functional.pad(weight.packed, (0, short)) if short else weight.packed
+    return size, codes.view(len(codes), blocks, -1), scales, zeros
 
 
 class Kernel:
@@ -50,16 +68,11 @@ class Kernel:
 
         weight, rest = integers(encoded)
         self.rest, self.group_size = None if rest is None else rest.T.contiguous(), weight.group_size
-        size = next(b for b in BLOCKS if weight.group_size % b == 0)
-        blocks = -(-weight.columns // size)
-        rows = weight.packed.shape[0]
-        repeat = weight.group_size // size  # one scale per group, and here one per block
-        scale = weight.scale.float().repeat_interleave(repeat, 1)[:, :blocks].contiguous()
-        zeros = pack(weight.zeros().repeat_interleave(repeat, 1)[:, :blocks].contiguous(), weight.bits)
-        codes = torch.nn.functional.pad(weight.packed, (0, blocks * size * weight.bits // 8 - weight.packed.shape[1]))
+        size, codes, scales, zeros = layout(weight)
+        rows = len(codes)
         initializers = [
-            ("B", TensorProto.UINT8, (rows, blocks, size * weight.bits // 8), codes),
-            ("scales", TensorProto.FLOAT, (rows * blocks,), scale),
+            ("B", TensorProto.UINT8, codes.shape, codes),
+            ("scales", TensorProto.FLOAT, (scales.numel(),), scales),
             ("zeros", TensorProto.UINT8, (zeros.numel(),), zeros),
         ]
         node = helper.make_node(
@@ -88,7 +101,7 @@ class Kernel:
         options.enable_cpu_mem_arena = False  # each of hundreds of sessions would keep the largest output it ever made
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         # The runtime keeps the codes in its own order, a scale and a sum per block, and the zeros.
-        self.nbytes = codes.numel() + 2 * 4 * scale.numel() + zeros.numel() + (0 if rest is None else rest.nbytes)
+        self.nbytes = codes.numel() + 2 * 4 * scales.numel() + zeros.numel() + (0 if rest is None else rest.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = min(torch.get_num_threads(), max(1, len(x) // SHARE))
