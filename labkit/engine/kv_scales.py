@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from labkit import text
+from labkit import heap, text
 
 BITS = (8, 4)  # what the attention operator takes
 WINDOWS, LENGTH = 2, 256  # of the calibration text: 512 tokens bound a channel as well as the operator's 8 bits need
@@ -38,11 +38,15 @@ def find(lm, bits: int, calib: torch.Tensor | None = None) -> KVScales:
         calib = text.calibration(lm, WINDOWS, LENGTH, source="manual", progress=False)
     text.check_windows(lm, calib)
     highest = 2 ** (bits - 1) - 1
-    cache = DynamicCache()  # made without the config, it keeps every token, under a sliding window too
-    lm.model(calib.to(lm.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     keys, values = [], []
-    for layer in cache.layers:  # keys and values: (windows, kv_heads, length, head_dim)
-        turned = layer.keys.float().unflatten(-1, (2, -1)).square().sum(-2).sqrt().repeat(1, 1, 1, 2)
-        for found, bound in ((keys, turned), (values, layer.values.float().abs())):
-            found.append((bound.amax((0, 2)).flatten() / highest).clamp_min(1e-8).cpu())
-    return KVScales(bits, tuple(keys), tuple(values))
+    for window in calib.split(1):  # one at a time in memory
+        cache = DynamicCache()  # made without the config, it keeps every token, under a sliding window too
+        lm.model(window.to(lm.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        turned = [
+            x.keys.float().unflatten(-1, (2, -1)).square().sum(-2).sqrt().repeat(1, 1, 1, 2) for x in cache.layers
+        ]
+        keys.append([bound.amax((0, 2)).flatten() for bound in turned])  # of (1, kv_heads, length, head_dim)
+        values.append([x.values.float().abs().amax((0, 2)).flatten() for x in cache.layers])
+    heap.trim()
+    steps = lambda found: tuple((torch.stack(x).amax(0) / highest).clamp_min(1e-8).cpu() for x in zip(*found))  # noqa: E731
+    return KVScales(bits, steps(keys), steps(values))

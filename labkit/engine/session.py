@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from labkit import heap
 from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
@@ -72,6 +73,7 @@ def compile(
             raise ValueError(text) from error
     if prefill != "packed":
         read_densely(model, decoder, head_bits, embedding_bits, kv, measured=prefill == "auto")
+    heap.trim()  # the runtime repacked each weight, and calibration had a text's logits
     model.seconds = time.perf_counter() - started
     return model
 
