@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from labkit import heap
-from labkit.linear import STORED, PackedLinear, exact
+from labkit.linear import STORED, PackedLinear, SparseLinear, exact
 from labkit.progress import track
 
 STATISTICS = ("none", "channel_norm", "channel_max", "hessian")
@@ -80,18 +80,38 @@ class Stats:
         the largest diagonal entries come first (GPTQ's "desc_act").
         """
         if (damp, act_order) not in self.factors:
-            hessian = self.hessian
-            diagonal = hessian.diagonal().clone()
+            diagonal = self.gram.diagonal()
             dead = diagonal == 0
             order = (
                 diagonal.argsort(descending=True, stable=True)
                 if act_order
                 else torch.arange(len(diagonal), device=diagonal.device)
             )
-            hessian = hessian[order][:, order]
-            hessian.diagonal()[dead[order]] = 1
-            self.factors[damp, act_order] = order, _inverse_factor(hessian, damp), dead
+            self.factors[damp, act_order] = order, self._inverse_factor(damp, order, dead), dead
         return self.factors[damp, act_order]
+
+    def _inverse_factor(self, damp: float, order: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """The upper triangular R with RᵀR = (H + damp·mean(diag H)·I)⁻¹, its columns in ``order``: fp32 (in, in).
+
+        Worked out in float64: where the calibration has hardly more tokens than the layer has inputs, H is so nearly
+        singular that in fp32 two ways of writing this down gave models whose damage differed by a third. For a wide layer
+        these matrices are what a walk holds most of, so there are few of them at a time.
+        """
+        back = order.flip(0)
+        while True:
+            # Cholesky from the last column backwards gives H = UUᵀ with U upper triangular, so H⁻¹ = U⁻ᵀU⁻¹ and R = U⁻¹.
+            turned = self.gram[back[:, None], back].double().mul_(2 / max(self.count, 1))
+            turned.diagonal()[dead[back]] = 1
+            turned.diagonal().add_(damp * turned.diagonal().mean())
+            lower, failed = torch.linalg.cholesky_ex(turned)
+            if not failed:
+                one = torch.eye(len(turned), dtype=turned.dtype, device=turned.device, out=turned)
+                return torch.linalg.solve_triangular(lower, one, upper=False, out=one).to(self.gram.dtype).flip(0, 1)
+            damp = 10 * damp
+            if damp > 1e4:
+                raise ValueError(
+                    "The Hessian of a layer's inputs cannot be inverted: use other or longer calibration text."
+                )
 
 
 def _add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
@@ -100,28 +120,6 @@ def _add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
         end = start + STRIP
         gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
         gram[end:, start:end] = gram[start:end, end:].T
-
-
-def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """The upper triangular R with RᵀR = (H + damp·mean(diag H)·I)⁻¹, (in, in).
-
-    Worked out in float64: where the calibration has hardly more tokens than the layer has inputs, H is so nearly singular
-    that in fp32 two ways of writing this down gave models whose damage differed by a third.
-    """
-    exact, mean = hessian.double(), hessian.diagonal().mean()
-    one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    while True:
-        damped = exact.clone()
-        damped.diagonal().add_(damp * mean)
-        # Cholesky from the last column backwards gives H = UUᵀ with U upper triangular, so H⁻¹ = U⁻ᵀU⁻¹ and R = U⁻¹.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).to(hessian.dtype)
-        damp = 10 * damp
-        if damp > 1e4:
-            raise ValueError(
-                "The Hessian of a layer's inputs cannot be inverted: use other or longer calibration text."
-            )
 
 
 Solve = Callable[[torch.Tensor, Stats, str], "torch.Tensor | nn.Module | object"]
@@ -238,11 +236,16 @@ def take_place(module: nn.Module, solved) -> nn.Module:
     if not isinstance(solved, torch.Tensor):
         return PackedLinear(solved, module.bias, dtype=dtype)
     if isinstance(module, STORED):
-        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        dense.weight, dense.bias = nn.Parameter(solved.to(dtype), requires_grad=False), module.bias
-        return dense
+        return _dense(solved.to(dtype), module.bias)
     set_weight(module, solved)
     return module
+
+
+def _dense(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear of this weight (out, in)."""
+    linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+    return linear
 
 
 def unpack(block: nn.Module) -> None:
@@ -267,6 +270,11 @@ class _Due(nn.Module):
         if self.done is None:
             getcurrent().parent.switch((self.name, x))
         return self.done(x)
+
+
+def _multiplying(module: nn.Module) -> nn.Module:
+    """What computes the same under exact(): where each call would unpack the weight, that weight, unpacked once."""
+    return _dense(module.weight, module.bias) if isinstance(module, (PackedLinear, SparseLinear)) else module
 
 
 class Flow:
@@ -333,11 +341,14 @@ class Flow:
                     for i in here:
                         seen[first].add(at[i][1], statistic)
                     seen[first].check(f"{name} in block {index}")
-                due[name].done = each(name, due[name].linear, seen[first])
+                    heap.trim()  # what stays, and what comes and goes, leave holes between them: hundreds of MB
+                solved = each(name, due[name].linear, seen[first])
+                due[name].done = _multiplying(solved)
                 del first
                 for i in here:
                     at[i] = None  # only the batch itself now holds its input
                     at[i] = batches[i].switch()
+                due[name].done = solved
             for name, stand_in in due.items():  # an expert that no token was sent to has no statistics
                 stand_in.done = stand_in.done or each(name, stand_in.linear, Stats())
             return at
