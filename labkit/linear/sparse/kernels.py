@@ -9,6 +9,7 @@ import torch
 
 from labkit.linear.sparse.base import Decoded
 
+SMALL = 1 << 18  # products that one thread has done before another is awake
 PIECE = 256  # rows of 16-bit values that are widened at a time: few enough that they stay in the cache
 
 
@@ -16,9 +17,14 @@ PIECE = 256  # rows of 16-bit values that are widened at a time: few enough that
 def loops():
     """The module with the compiled loops, or None without Numba. Imported when a product is first needed: it takes a second."""
     try:
-        from labkit.linear.sparse import numba_loops
+        from numba import config
     except ImportError:
         return None
+    before, config.SLP_VECTORIZE = config.SLP_VECTORIZE, 1  # eight neighbours are stored at once: a third of the time
+    try:
+        from labkit.linear.sparse import numba_loops
+    finally:
+        config.SLP_VECTORIZE = before
     return numba_loops
 
 
@@ -37,13 +43,19 @@ class Product(Decoded):
         self.nbytes = starts.numel() * starts.element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.pad(x.detach().float(), (0, self.width - self.shape[1])).T.contiguous()  # (in, rows)
-        y = torch.empty(self.shape[0], x.shape[1])
-        threads = torch.get_num_threads()
+        x = x.detach().float()
+        if self.width > x.shape[1]:
+            x = torch.nn.functional.pad(x, (0, self.width - x.shape[1]))
+        x, y = x.T.contiguous(), torch.empty(self.shape[0], x.shape[0])  # x: (in, rows)
+        threads = torch.get_num_threads() if self.values.numel() * x.shape[1] > SMALL else 1
         step = PIECE if self.values.element_size() == 2 else -(-self.shape[0] // threads)
         run = functools.partial(self._piece, x.numpy(), y, step)
-        begins = range(0, self.shape[0], step)
-        list(map(run, begins) if threads == 1 or len(begins) == 1 else _pool(threads).map(run, begins))
+        mine, *others = (range(0, self.shape[0], step)[i::threads] for i in range(threads))
+        waiting = [_pool(threads).submit(lambda own=own: [run(begin) for begin in own]) for own in others]
+        for begin in mine:  # this thread is awake: another would have to be woken for its share
+            run(begin)
+        for other in waiting:
+            other.result()
         return y.T
 
     def _piece(self, x, y: torch.Tensor, step: int, begin: int) -> None:
