@@ -211,6 +211,12 @@ class Method:
         """The knob values of this instance."""
         return {name: getattr(self, name) for name in self.knobs()}
 
+    def typed(self) -> str:
+        """This method as one would type it: the first knob, and those that are not at their defaults."""
+        values, knobs = self.values(), self.knobs()
+        shown = [n for i, n in enumerate(knobs) if i == 0 or values[n] != knobs[n].default]
+        return f"{type(self).__name__}({', '.join(f'{n}={values[n]!r}' for n in shown)})"
+
     def key(self) -> str:
         """Canonical JSON of the knob values: the method's part of a cache key."""
         return json.dumps(self.values(), sort_keys=True)
@@ -242,6 +248,9 @@ class Recipe(Method):
         for m in self.methods:
             lm = m(lm, calib, progress)
         return lm
+
+    def typed(self) -> str:
+        return f"Recipe({', '.join(m.typed() for m in self.methods)})"
 
     def key(self) -> str:
         return json.dumps([[type(m).__name__, json.loads(m.key())] for m in self.methods])

@@ -264,16 +264,17 @@ class _Due(nn.Module):
 
     def __init__(self, name: str, linear: nn.Module):
         super().__init__()
-        self.name, self.linear, self.done = name, linear, None
+        self.name, self.linear = name, linear
+        self.done = self.product = None  # what it became, and what multiplies while batches pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.done is None:
             getcurrent().parent.switch((self.name, x))
-        return self.done(x)
+        return (self.product or self.done)(x)
 
 
-def _multiplying(module: nn.Module) -> nn.Module:
-    """What computes the same under exact(): where each call would unpack the weight, that weight, unpacked once."""
+def _unpacked(module: nn.Module) -> nn.Module:
+    """What computes the same under exact(): where each call would unpack the weight, a linear with it, unpacked once."""
     return _dense(module.weight, module.bias) if isinstance(module, (PackedLinear, SparseLinear)) else module
 
 
@@ -342,13 +343,13 @@ class Flow:
                         seen[first].add(at[i][1], statistic)
                     seen[first].check(f"{name} in block {index}")
                     heap.trim()  # what stays, and what comes and goes, leave holes between them: hundreds of MB
-                solved = each(name, due[name].linear, seen[first])
-                due[name].done = _multiplying(solved)
+                due[name].done = each(name, due[name].linear, seen[first])
+                due[name].product = _unpacked(due[name].done)
                 del first
                 for i in here:
                     at[i] = None  # only the batch itself now holds its input
                     at[i] = batches[i].switch()
-                due[name].done = solved
+                due[name].product = None
             for name, stand_in in due.items():  # an expert that no token was sent to has no statistics
                 stand_in.done = stand_in.done or each(name, stand_in.linear, Stats())
             return at

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -123,17 +124,40 @@ def test_the_loops_are_what_runs():
 
 @needs_numba
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_shared_out_over_threads(dtype):
+def test_rows_are_shared_out_over_threads(dtype, monkeypatch):
     weight, x = matrix(601, 64, 0.7, dtype=dtype), torch.randn(3, 64)
-    product = Bitmask.from_dense(weight).product()
+    product, ran = Bitmask.from_dense(weight).product(), set()
+    loop = product.loop
+    product.loop = lambda *args: (ran.add(threading.get_ident()), loop(*args))
     before, alone = torch.get_num_threads(), product(x)
+    assert ran == {threading.get_ident()}  # so little is done before another thread is awake
+    monkeypatch.setattr(kernels, "SMALL", 0)
     torch.set_num_threads(3)
     try:
         together = product(x)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(alone, together)  # no sum is split
+    assert len(ran) > 1 and torch.equal(alone, together)  # no sum is split
     assert error(alone, x, weight) < TOLERANCE
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [8, 64, 261])
+def test_every_byte_of_a_mask_is_looked_up_right(columns):
+    """All 256 bytes at every place of a row, those that have most ones last: what is written past a row's end is not read."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    kept = bits.repeat(1, -(-columns // 8))[:, :columns].bool()
+    weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)) * kept
+    x = torch.randn(2, columns)
+    for batch in (x, x[:1]):
+        assert error(Bitmask.from_dense(weight).product()(batch), batch, weight) < TOLERANCE
+
+
+def test_numba_s_settings_are_left_as_they_were():
+    config = pytest.importorskip("numba").config
+    before = config.SLP_VECTORIZE
+    kernels.loops.__wrapped__()
+    assert before == config.SLP_VECTORIZE
 
 
 def test_without_numba_products_are_dense_ones(monkeypatch):

@@ -287,7 +287,7 @@ def test_calibrations_come_from_the_store_when_it_has_both_methods():
 
 
 def quantized_row(bits: float, kl: float, **more) -> dict:
-    row = pruned_row("Wanda", kl) | {"method": "RTN", "knobs": f'{{"bits": {bits}}}', "repr": f"RTN at {bits}"}
+    row = pruned_row("Wanda", kl) | {"method": "RTN", "knobs": f'{{"bits": {bits:.0f}}}', "repr": f"RTN at {bits}"}
     return row | {"memory.bits_per_weight": bits} | more
 
 
@@ -335,7 +335,9 @@ def test_the_best_of_each_side_meets_at_the_budget():
     assert text.startswith(
         "At 4 bits per weight, pruning and quantizing loses least on the manual. Your guess was right."
     )
-    assert "2.60 bits modelled, 17.00 held" in text and "RTN at 3.3 with 3.30 bits, KL 0.90 (1.80 on the prose)" in text
+    assert (
+        "2.60 bits modelled, 17.00 held" in text and "RTN(bits=3) with 3.30 bits, KL 0.90 (1.80 on the prose)" in text
+    )
     assert list(figures[1].data[1].y) == [1.8, 14.0, 1.0]
     assert [t.name for t in figures[0].data] == ["quantized", "pruned", "pruned and quantized", "budget"]
     _, text = duel.view(ROWS, 9, "prose", "pruned")
@@ -356,6 +358,20 @@ def test_time_is_drawn_where_it_was_measured():
     untimed = [pruned_row("SparseGPT", 0.1, calib="manual"), pruned_row("SparseGPT", 0.2) | eager]
     assert duel.fighters(untimed)[0].decode_ms == {"eager": 90.0, "one graph": 20.0}  # whatever it was calibrated on
     assert "measured on a CPU" in figures[2].layout.title.text and "90.0 ms per token eagerly, 20.0 ms" in text
+
+
+def test_names_are_as_short_as_one_types_them():
+    recipe = labkit.Recipe(labkit.Wanda(pattern="2:4"), labkit.RTN(bits=4, group_size=32))
+    rows = [
+        pruned_row("SparseGPT", 0.5, bits=4),
+        pruned_row("Wanda", 0.5) | {"method": "Recipe", "knobs": recipe.key()},
+        pruned_row("Wanda", 0.5) | {"knobs": '{"pattern": "2:4", "gone": 1}', "repr": "Wanda(gone=1)"},
+    ]
+    assert [f.name for f in duel.fighters(rows)] == [
+        "SparseGPT(sparsity=0.5, bits=4)",
+        "Recipe(Wanda(sparsity=0.5, pattern='2:4'), RTN(bits=4, group_size=32))",
+        "Wanda(gone=1)",  # a knob of another version
+    ]
 
 
 def test_nothing_is_told_before_there_is_a_guess():

@@ -7,7 +7,8 @@ import torch
 
 from labkit import RTN
 from labkit.formats import Integer
-from labkit.linear import PackedLinear
+from labkit.linear import PackedLinear, SparseLinear, exact
+from labkit.linear.sparse import store
 from labkit.walk import linears, walk, weight_of
 
 
@@ -104,6 +105,27 @@ def test_batches_in_step_are_as_one(each_family, windows, monkeypatch):
     for path, (count, norm) in large.items():
         assert small[path][0] == count, path
         torch.testing.assert_close(small[path][1], norm, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_weight_is_unpacked_once_for_all_batches(tiny_lm, windows, monkeypatch, sparse):
+    """And batches see the values that are stored: those of a model that is run as it came out."""
+    monkeypatch.setattr("labkit.walk.BATCH", (20, 20))  # three batches
+    kind = SparseLinear if sparse else PackedLinear
+    reads, weight_as_it_is = [], kind.weight
+    monkeypatch.setattr(kind, "weight", property(lambda self: (reads.append(self), weight_as_it_is.fget(self))[1]))
+    norms = {}
+
+    def solve(weight, stats, path):
+        norms[path] = stats.channel_norm
+        return SparseLinear(store(weight * (weight > 0))) if sparse else Integer(3, 16).encode(weight)
+
+    walk(tiny_lm, windows, "channel_norm", solve, progress=False)
+    assert len(reads) == len(set(reads)) == len(norms)
+    with exact():
+        inputs = record_inputs(tiny_lm.model, windows)
+    for path, norm in norms.items():
+        torch.testing.assert_close(norm.double(), inputs[path].square().sum(0).sqrt(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_error_in_a_block_leaves_its_linears_in_place(tiny_lm, windows, monkeypatch):

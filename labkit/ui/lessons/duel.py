@@ -59,7 +59,7 @@ def fighters(rows: Sequence[Mapping]) -> list[Fighter]:
         bits, label = (at_16_bits(row), "modelled") if side == "pruned" else (held, "measured")
         clock = row if _times(row) else timed.get((row["method"], row["knobs"]), {})
         kl = {t: row[f"quality.{t}.kl"] for t in TEXTS}
-        found.append(Fighter(side, row["repr"], bits, held, label, kl, _times(clock), clock.get("machine", "")))
+        found.append(Fighter(side, _typed(row), bits, held, label, kl, _times(clock), clock.get("machine", "")))
     return found
 
 
@@ -71,10 +71,8 @@ def side_of(row: Mapping) -> str | None:
     """Whether a row's method quantizes, prunes, or does both; None for any other."""
     import labkit
 
-    known, knobs = labkit.methods(), json.loads(row["knobs"])
-    steps = knobs if isinstance(knobs, list) else [[row["method"], knobs]]  # a Recipe's are a list
-    kinds = set()
-    for name, values in steps:
+    known, kinds = labkit.methods(), set()
+    for name, values in _steps(row):
         if name not in known:
             return None
         kinds.add(known[name].kind)
@@ -83,13 +81,29 @@ def side_of(row: Mapping) -> str | None:
     return {("quantize",): "quantized", ("prune",): "pruned", ("prune", "quantize"): "both"}.get(tuple(sorted(kinds)))
 
 
+def _steps(row: Mapping) -> list[tuple[str, dict]]:
+    """The methods of a row, by name and knob values: of a Recipe its parts."""
+    knobs = json.loads(row["knobs"])
+    return knobs if isinstance(knobs, list) else [(row["method"], knobs)]
+
+
+def _typed(row: Mapping) -> str:
+    """A row's method as one types it; of a knob that is no longer known, as it was typed then."""
+    import labkit
+
+    try:
+        parts = [labkit.methods()[name](**values) for name, values in _steps(row)]
+    except (TypeError, ValueError):
+        return row["repr"]
+    return (parts[0] if len(parts) == 1 else labkit.Recipe(*parts)).typed()
+
+
 def at_16_bits(row: Mapping) -> float:
     """Bits per weight of a pruned row with 16-bit values: a bit for each position, or N:M's places, and what is kept.
 
     With ``container="dense"`` zeros are stored like the rest, and 16 it is; "csr" takes a 32-bit column for each value.
     """
-    knobs = json.loads(row["knobs"])
-    knobs = knobs[-1][1] if isinstance(knobs, list) else knobs  # of a Recipe of pruners the last one's count
+    _, knobs = _steps(row)[-1]  # of a Recipe of pruners the last one's count
     pattern, container = parse_pattern(knobs["pattern"]), knobs.get("container", "auto")
     kept = pattern[0] / pattern[1] if pattern else 1 - knobs["sparsity"]
     if container == "dense":
