@@ -30,11 +30,12 @@ FLAGS = [
 ]
 
 
-# The texts and the marks of every figure on the page, as strings to compare.
+# The texts and the marks of every figure on the page, as strings to compare. A point that moves has another transform only.
 FIGURES = (
     "[...document.querySelectorAll('.labkit-live .js-plotly-plot')].map(p => "
     "[...p.querySelectorAll('text')].map(t => t.textContent).join('|') + "
-    "[...p.querySelectorAll('.bars path, .scatterlayer path')].map(t => t.getAttribute('d')).join('|'))"
+    "[...p.querySelectorAll('.bars path, .scatterlayer path')]"
+    ".map(t => t.getAttribute('d') + t.getAttribute('transform')).join('|'))"
 )
 
 
@@ -237,8 +238,8 @@ class Notebook:
         )
         self.page.locator(".labkit-live").first.scroll_into_view_if_needed()
 
-    def wait_for_new_figures(self, old: list[str], seconds: float = 10) -> None:
-        """Wait until every figure's texts, or its bars, differ from what ``figures()`` gave before."""
+    def wait_for_new_figures(self, old: list[str], seconds: float = 60) -> None:
+        """Wait until a figure's texts, bars or points differ from what ``figures()`` gave before."""
         self.page.wait_for_function(f"old => ({FIGURES}).some((f, i) => f !== old[i])", arg=old, timeout=1000 * seconds)
 
     def wait_for_sentence(self, start: str, seconds: float = 10) -> None:
