@@ -37,16 +37,18 @@ def find(lm, bits: int, calib: torch.Tensor | None = None) -> KVScales:
     if calib is None:
         calib = text.calibration(lm, WINDOWS, LENGTH, source="manual", progress=False)
     text.check_windows(lm, calib)
-    highest = 2 ** (bits - 1) - 1
-    keys, values = [], []
-    for window in calib.split(1):  # one at a time in memory
-        cache = DynamicCache()  # made without the config, it keeps every token, under a sliding window too
-        lm.model(window.to(lm.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        turned = [
-            x.keys.float().unflatten(-1, (2, -1)).square().sum(-2).sqrt().repeat(1, 1, 1, 2) for x in cache.layers
-        ]
-        keys.append([bound.amax((0, 2)).flatten() for bound in turned])  # of (1, kv_heads, length, head_dim)
-        values.append([x.values.float().abs().amax((0, 2)).flatten() for x in cache.layers])
+    windows = [_largest(lm, window) for window in calib.split(1)]  # one at a time in memory
     heap.trim()
-    steps = lambda found: tuple((torch.stack(x).amax(0) / highest).clamp_min(1e-8).cpu() for x in zip(*found))  # noqa: E731
-    return KVScales(bits, steps(keys), steps(values))
+    highest = 2 ** (bits - 1) - 1
+    steps = [(torch.stack(x).amax(0) / highest).clamp_min(1e-8).cpu() for x in zip(*windows)]
+    layers = len(steps) // 2
+    return KVScales(bits, tuple(steps[:layers]), tuple(steps[layers:]))
+
+
+def _largest(lm, window: torch.Tensor) -> list[torch.Tensor]:
+    """What bounds each channel, (kv_heads * head_dim,), over a window (1, length): of every layer's keys, then its values."""
+    cache = DynamicCache()  # made without the config, it keeps every token, under a sliding window too
+    lm.model(window.to(lm.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    pairs = [x.keys.float().unflatten(-1, (2, -1)).square().sum(-2).sqrt() for x in cache.layers]
+    bounds = [x.repeat(1, 1, 1, 2) for x in pairs] + [x.values.float().abs() for x in cache.layers]
+    return [x.amax((0, 2)).flatten() for x in bounds]  # of (1, kv_heads, length, head_dim)

@@ -73,7 +73,7 @@ def compile(
             raise ValueError(text) from error
     if prefill != "packed":
         read_densely(model, decoder, head_bits, embedding_bits, kv, measured=prefill == "auto")
-    heap.trim()  # the runtime repacked each weight, and calibration had a text's logits
+    heap.trim()  # the runtime has repacked each weight
     model.seconds = time.perf_counter() - started
     return model
 

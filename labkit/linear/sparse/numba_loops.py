@@ -70,7 +70,7 @@ def bitmask(mask, values, x, y):
     begin = 0
     for row in range(mask.shape[0]):
         end = begin + np.int64(set_bits(mask[row], columns))
-        if single:
+        if single:  # decided here and not in a function of its own: a slice of y for each row costs as much as the row
             y[row, 0] = dot(values[begin:end], columns, flat)
         else:
             dots(values[begin:end], columns, x, y[row])
