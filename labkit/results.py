@@ -16,6 +16,7 @@ import json
 import os
 import sqlite3
 import threading
+import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
@@ -495,6 +496,18 @@ def _check_one(value, hint, where: str) -> None:
             raise ValueError(f"{where} = {value!r} is not a dictionary")
         for name, inner in value.items():
             _check_one(inner, typing.get_args(hint)[1], f"{where}.{name}")
+        return
+    if typing.get_origin(hint) is types.UnionType or typing.get_origin(hint) is typing.Union:
+        inside = [h for h in typing.get_args(hint) if typing.get_origin(h) is list]  # list[float] | None
+        if inside:
+            if value is not None:
+                _check_one(value, inside[0], where)
+            return
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} = {value!r} is not a list")
+        for at, inner in enumerate(value):
+            _check_one(inner, typing.get_args(hint)[0], f"{where}[{at}]")
         return
     allowed = typing.get_args(hint) or (hint,)  # float | None -> (float, NoneType)
     if isinstance(value, bool) or not isinstance(value, (*allowed, int) if float in allowed else allowed):

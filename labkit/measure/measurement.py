@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality on one text. ``*_se`` is the standard error over the windows of that text (its error band)."""
+    """Quality on one text. ``*_se`` is the standard error over the windows of that text (its error band).
+
+    KL twice: of the weights alone (products are exact), and *as run* (as one graph: activations rounded to 8 bits by the
+    kernel, head and embedding in 8 bits). Under a method for the KV cache only tokens read after its prompt are scored.
+    """
 
     perplexity: float
     perplexity_se: float
@@ -17,6 +21,9 @@ class Quality:
     kl_se: float | None = None
     top1: float | None = None  # share of tokens whose most likely next token agrees, 0 to 1
     top1_se: float | None = None
+    kl_run: float | None = None  # nats per token, of the compiled model against the uncompressed one; None: not compiled
+    kl_run_se: float | None = None
+    per_window: dict[str, list[float]] = field(default_factory=dict)  # "nll", "kl", "top1", "kl_run": means by window
 
 
 @dataclass(frozen=True)
@@ -24,16 +31,24 @@ class Memory:
     """Bytes that are really held, never parameters times bits."""
 
     weights: int  # all parameters and buffers, with the copies that a kernel's runtime keeps
-    linears: int  # the decoder's linear layers alone
-    bits_per_weight: float  # of the decoder's linear layers: stored codes, scales and zeros over weights
-    kv_per_token: int  # bytes the KV cache grows by with each token, batch 1
-    peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring
+    linears: int  # the decoder's weights that compression is about: linears, and experts
+    bits_per_weight: float  # of those: stored codes, scales and zeros over weights
+    kv_bytes: int  # bytes the KV cache holds after kv_tokens tokens of one text, batch 1
+    kv_tokens: int  # the length at which it was weighed
+    peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring, both models and all
     engine: int | None = None  # weights of the compiled model, head and embedding packed to 8 bits
+    compressed: float = 1.0  # share of the decoder's weights that are no longer as they were, 0 to 1
+    left: list[str] = field(default_factory=list)  # what is as it was, "model.layers.*.mlp.experts.down_proj" for all blocks
+    bits_before: int = 32  # of a weight of the model as it was loaded
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians with interquartile ranges. ``*_ratio``: paired and interleaved, against the uncompressed model run eagerly."""
+    """Medians with interquartile ranges.
+
+    ``*_ratio``: paired and interleaved with the uncompressed model, run in the same way (eager with eager, graph with
+    graph); ``*_spread`` its quartiles over the rounds.
+    """
 
     prefill_ms: float
     prefill_iqr: float
@@ -43,6 +58,10 @@ class Latency:
     threads: int
     prefill_ratio: float | None = None  # above 1: faster than the uncompressed model
     decode_ratio: float | None = None
+    prefill_spread: list[float] | None = None  # [low, high] quartile of the ratio
+    decode_spread: list[float] | None = None
+    context: int = 16  # tokens in the cache when decoding begins
+    rounds: int = 0  # samples behind each median
     gemv_us: dict[str, float] = field(default_factory=dict)  # each kind of linear, one token, µs
 
 
@@ -57,7 +76,8 @@ class Measurement:
     latency: Latency | None  # eager, through transformers
     device: str
     label: str = "measured"
-    engine: Latency | None = None  # as one graph; its ratios too are to the uncompressed model run eagerly
+    engine: Latency | None = None  # as one graph; None where a graph would not read the weights packed
+    notes: list[str] = field(default_factory=list)  # what to know about these numbers, in sentences
     texts: dict[str, str] = field(default_factory=dict)  # text -> hash of its token ids
 
     def to_dict(self) -> dict:
@@ -91,7 +111,7 @@ class Measurement:
                 if m.engine
                 else []
             ),
-            ("KV cache", f"{m.kv_per_token / 1024:.1f}", "KiB per token"),
+            (f"KV cache of {m.kv_tokens:,} tokens", f"{m.kv_bytes / 1e6:.1f}", "MB"),
         ]
         if m.peak is not None:
             rows.append(("peak memory while measuring", f"{m.peak / 1e6:.0f}", "MB"))
