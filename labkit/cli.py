@@ -521,6 +521,7 @@ def _sweep_parser(subparsers) -> Parser:
 
 def _run_sweep(options) -> None:
     import labkit
+    from labkit.measure.reading import Reading
     from labkit.results import Key
     from labkit.sweep import parse_grid, sweep, text_hashes
 
@@ -535,11 +536,11 @@ def _run_sweep(options) -> None:
         raise UsageError(f"--export {options.export}: there is no such folder. Make it, or name another file.")
     lm, store = load_model(options.model), labkit.Store()
     quick = QUICK if options.quick else {}
-    hashes = text_hashes(lm, ("manual", "prose"), **quick)
-    found = sweep(lm, settings, store, hashes=hashes, latency=options.latency, progress=options.progress, **quick)
+    found = sweep(lm, settings, store, latency=options.latency, progress=options.progress, **quick)
     print(_columns([_HEAD, *map(_row, found)]))
     if options.export:
-        key = Key.of(lm, None, hashes)
+        reading = Reading.of(lm, settings[0], **quick)
+        key = Key.of(lm, None, text_hashes(lm, ("manual", "prose"), **vars(reading)))
         same = {name: getattr(key, name) for name in ("model", "texts", "machine", "versions")}
         print(f"{store.export(options.export, **same)} rows written to {options.export}.")
 

@@ -43,7 +43,7 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
     ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
     """
-    _check_size(windows, length)
+    check_size(windows, length)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed = {brief(seed)} is not allowed: it must be a whole number from 0 to 2**63 - 1.")
     _check_source(source)
@@ -100,7 +100,8 @@ def check_windows(lm, ids: torch.Tensor) -> None:
         )
 
 
-def _check_size(windows: int, length: int) -> None:
+def check_size(windows: int, length: int) -> None:
+    """Raise a ValueError for numbers of windows, or of tokens in one, that no text is cut into."""
     for name, value, least in (("windows", windows, 1), ("length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
             allowed = f"a whole number from {least} to {MOST:,}"
@@ -114,7 +115,7 @@ def _check_source(source) -> None:
 
 def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
     """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
-    _check_size(windows, length)
+    check_size(windows, length)
     available = len(ids) // length
     if available < windows:
         raise ValueError(

@@ -166,6 +166,14 @@ class CompiledModel:
         ids = self._ids(ids)
         return _Run(self, len(ids), 0).several(ids, np.arange(ids.shape[1]))
 
+    def read(self, ids: torch.Tensor, step: int = 128) -> Iterator[torch.Tensor]:
+        """The logits of a text (1, tokens), ``step`` tokens at a time, (1, step, vocabulary): all at once would be large."""
+        ids = self._ids(ids)
+        run = _Run(self, 1, ids.shape[1])
+        for start in range(0, ids.shape[1], step):
+            part = ids[:, start : start + step]
+            yield run.several(part, np.arange(part.shape[1]))
+
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
         """The greedy continuation of a prompt, without the prompt."""
         tokens = list(self.stream(prompt, max_new_tokens))

@@ -11,6 +11,8 @@ import torch
 from labkit import cache
 from labkit.walk import blocks, is_linear
 
+KV_TOKENS = 1000  # the length at which a cache is weighed
+
 
 def held(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once, and of the copies that kernels' runtimes keep."""
@@ -53,6 +55,19 @@ def kv_per_token(lm, tokens: int | None = None) -> int:
         short = cache_bytes(kept)
         kept = lm.model(ids, past_key_values=kept, use_cache=True).past_key_values
     return (cache_bytes(kept) - short) // tokens
+
+
+def kv_bytes(lm, tokens: int = KV_TOKENS) -> tuple[int, int]:
+    """(bytes that the KV cache holds after a prompt, its tokens): weighed on a real cache, batch 1.
+
+    ``tokens``: of the prompt, or as many as the model has positions for. What a budgeted or rounded cache holds is not
+    what it grows by times its length: of a prompt of 1,000 tokens a budget of 256 keeps 256.
+    """
+    tokens = min(tokens, getattr(lm.model.config, "max_position_embeddings", None) or tokens)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(tokens, device=lm.device)[None] * 7 % vocabulary
+    with torch.inference_mode():
+        return cache_bytes(lm.model(ids, use_cache=True, logits_to_keep=1).past_key_values), tokens
 
 
 def cache_bytes(kept) -> int:
