@@ -127,23 +127,47 @@ Prepare = Callable[[nn.Module, "Flow", int], None]
 
 
 def blocks(model) -> nn.ModuleList:
-    """The decoder's list of blocks: the ModuleList that holds the most weights of linears."""
+    """The decoder's list of blocks: of the decoder's ModuleLists the one that holds the most weights, experts included."""
 
     def weights(modules: nn.ModuleList) -> int:
-        shapes = (
-            m.weight.shape if _is_conv1d(m) else (m.out_features, m.in_features)
-            for m in modules.modules()
-            if is_linear(m)
-        )
-        return sum(rows * columns for rows, columns in shapes)
+        return sum(matrix.count for matrix in matrices(modules))
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # a model that sees has other lists too
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     best = max(lists, key=weights, default=None)
     if best is None or weights(best) == 0:
         raise ValueError(
-            f"{type(model).__name__} has no list of decoder blocks with linear layers: labkit cannot walk it."
+            f"{type(model).__name__} has no list of decoder blocks with weight matrices: labkit cannot walk it."
         )
     return best
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix, or a stack of them as experts are: what compression is about."""
+
+    path: str  # of the linear or router; of a parameter with another name than "weight", its own
+    module: nn.Module  # that holds it
+    tensor: torch.Tensor | None  # None where it is not dense
+    count: int  # weights
+    nbytes: int  # stored bytes
+
+
+def matrices(module: nn.Module, prefix: str = "") -> Iterator[Matrix]:
+    """Every weight matrix in a module: of linears, and parameters of at least two dimensions (of more than one each).
+
+    So experts (experts, out, in), routers and convolutions are among them, and norms, biases, a bias for each expert
+    (experts, out) and vectors that are stored as (1, 1, width) are not.
+    """
+    for path, part in module.named_modules(prefix=prefix):
+        if isinstance(part, STORED):
+            yield Matrix(path, part, None, part.out_features * part.in_features, part.stored_nbytes)
+            continue
+        for name, tensor in part.named_parameters(recurse=False):
+            linear = is_linear(part) and name == "weight"
+            if linear or (not name.endswith("bias") and sum(size > 1 for size in tensor.shape) >= 2):
+                where = path if name == "weight" else f"{path}.{name}".lstrip(".")
+                yield Matrix(where, part, tensor, tensor.numel(), tensor.numel() * tensor.element_size())
 
 
 def path_of(module: nn.Module, model: nn.Module) -> str:
