@@ -3,6 +3,7 @@
 from labkit import export, text
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM
 from labkit.cache.sharing import FewerKVHeads
+from labkit.coverage import LeftUncompressed
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
@@ -32,6 +33,7 @@ __all__ = [
     "RandomKV",
     "FewerKVHeads",
     "LanguageModel",
+    "LeftUncompressed",
     "Measurement",
     "Method",
     "Recipe",

@@ -145,6 +145,9 @@ def knob(default, low=None, high=None, step=None, choices=None, form=None, stops
     return field(default=default, metadata={"knob": described | {"none": none, "help": help}})
 
 
+ON_WEIGHTS = ("quantize", "prune", "structure", "train")  # kinds of methods that are there to change weights
+
+
 @dataclass(frozen=True)
 class Method:
     """A compression technique. Subclasses declare knobs and implement :meth:`apply`.
@@ -172,8 +175,20 @@ class Method:
         """Return a new, compressed LanguageModel; every untouched tensor is shared with ``lm``.
 
         ``calib`` is a LongTensor ``(windows, length)`` of token ids; a calibrated method that is given none takes
-        ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off.
+        ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off. Where much of the decoder's
+        weights is left as it was, a :class:`labkit.LeftUncompressed` warning names it.
         """
+        from labkit.coverage import tell
+
+        small = self._compress(lm, calib, progress)
+        if small.coverage is not lm.coverage:
+            tell(self, small.coverage)
+        return small
+
+    def _compress(self, lm, calib, progress: bool):
+        """What a call does, but for the warning: a recipe speaks once, for all of its methods."""
+        from labkit.coverage import coverage
+
         check_model(lm)
         if self.calibrated and calib is None:
             from labkit import text
@@ -186,6 +201,8 @@ class Method:
         small = lm.copy()
         self.apply(small, calib, progress)
         small.history = (*lm.history, repr(self))
+        if self.kind in ON_WEIGHTS:
+            small.coverage = coverage(small, lm)
         return small
 
     def apply(self, lm, calib, progress: bool) -> None:
@@ -244,9 +261,10 @@ class Recipe(Method):
                 raise ValueError(f"Recipe takes methods such as RTN(bits=4), not {m!r}.")
         object.__setattr__(self, "methods", methods)
 
-    def __call__(self, lm, calib=None, progress: bool = True):
+    def _compress(self, lm, calib, progress: bool):
+        check_model(lm)
         for m in self.methods:
-            lm = m(lm, calib, progress)
+            lm = m._compress(lm, calib, progress)
         return lm
 
     def typed(self) -> str:

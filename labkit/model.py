@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from labkit import cache, embedded
+from labkit.coverage import Coverage, percent
 from labkit.method import brief, methods
 
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
@@ -29,6 +30,7 @@ class LanguageModel:
     tokenizer: Any
     name: str
     history: tuple[str, ...] = ()  # the repr of each technique applied, in order
+    coverage: Coverage = Coverage()  # noqa: RUF009 (frozen) which of the decoder's weights they reached
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +77,7 @@ class LanguageModel:
     def copy(self) -> LanguageModel:
         """A model with its own modules that shares every tensor with this one."""
         memo = {id(t): t for t in _tensors(self.model)}
-        return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history)
+        return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history, self.coverage)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the model to a folder (config, tokenizer, safetensors with packed weights); all of it or nothing."""
@@ -95,6 +97,7 @@ class LanguageModel:
             self.tokenizer.save_pretrained(scratch)
             packed = {n: m.spec() for n, m in self.model.named_modules() if hasattr(m, "spec")}
             described = {"name": self.name, "history": self.history, "packed": packed, "shared": shared}
+            described["coverage"] = asdict(self.coverage)
             if cached := cache.methods_of(self.model):
                 described["cache"] = [[type(m).__name__, m.values()] for m in cached]
             (scratch / MANIFEST).write_text(json.dumps(described | {"class": type(self.model).__name__}, indent=1))
@@ -107,6 +110,8 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         done = " -> ".join(self.history) or "uncompressed"
+        if self.coverage.share < 1:
+            done += f", {percent(self.coverage.share)} of the decoder's weights compressed"
         return f"LanguageModel({self.name!r}, {done}, {self.nbytes / 1e6:.1f} MB, {self.device})"
 
 
@@ -230,7 +235,8 @@ def _load_saved(folder: Path) -> LanguageModel:
             model.tie_weights()
         for method, values in manifest.get("cache", []):
             cache.install(model, methods()[method](**values))
-        return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]))
+        coverage = Coverage(**manifest.get("coverage", {}))
+        return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]), coverage)
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {_reason(error)}.") from error
     except Exception as error:  # safetensors has an error class of its own

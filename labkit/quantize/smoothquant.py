@@ -48,7 +48,8 @@ class SmoothQuant(Method):
                     fold.apply(block, smoothing(stats[fold.readers[0]].peak, readers, self.alpha))
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> nn.Module:
-            static = stats.peak.max() / 127 if self.activations == "static" else None
+            known = self.activations == "static" and stats.count  # an input never seen has no range: a scale per token
+            static = stats.peak.max() / 127 if known else None
             return W8A8Linear(weight, activation_scale=static)
 
         walk(lm, calib, "channel_max", solve, "SmoothQuant", progress, prepare if self.smooth else None)
