@@ -4,8 +4,8 @@
     python benchmarks/calibration_order.py --trials 1   # one more of them
 
 Each trial compresses the embedded model with the same 32 windows, half from the manual and half the model's own text, in
-another order: the search looks at the first few alone. Kept are the KL divergence of each evaluation window and the
-search's losses in each block. Notebook 03 shows the file (``labkit.ui.lessons.few_windows``).
+another order: the search looks at the first few alone. Kept are the KL divergence of each evaluation window, and what
+the search chose in each block. Notebook 03 shows the file (``labkit.ui.lessons.few_windows``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ORDERS = ("manual first", "in turns", "own text first")
 
 @dataclass
 class Trial:
-    """One compressed model. ``kl``: nats per token, by text, of each window. ``losses``: what the search found for each
-    fold, in the order of the blocks: [the first layer that reads it, the loss at each exponent, that at 0 being 1]."""
+    """One compressed model. ``kl``: nats per token, by text, of each window. ``chosen``: what the search found for each
+    fold, in the order of the blocks, see :func:`choice`."""
 
     method: str
     order: str
     seed: int
     kl: dict[str, list[float]] = field(default_factory=dict)
-    losses: list[tuple[str, list[float]]] = field(default_factory=list)
+    chosen: list[tuple] = field(default_factory=list)
 
     @property
     def setting(self) -> tuple:
@@ -63,13 +63,27 @@ def ordered(lm, order: str, seed: int) -> torch.Tensor:
     return torch.cat([manual, own] if order == "manual first" else [own, manual])
 
 
+def choice(layer: str, search: awq.Search) -> tuple[str, float, float, float, float]:
+    """The first layer that reads a fold, the best exponent, its loss as a share of that at 0, and where it is flat: the
+    lowest and the highest exponent up to which the loss stays within 1 % of the best one's."""
+    losses, exponents = search.losses, search.exponents
+    best = low = high = losses.index(min(losses))
+    near = [loss <= 1.01 * losses[best] for loss in losses]
+    while low > 0 and near[low - 1]:
+        low -= 1
+    while high + 1 < len(losses) and near[high + 1]:
+        high += 1
+    left = round(losses[best] / max(losses[0], 1e-30), 4)
+    return layer, exponents[best], left, exponents[low], exponents[high]
+
+
 def measure(lm, trial: Trial) -> Trial:
     """Fill in a trial."""
-    search, losses = awq.best_factors, []
+    search, chosen = awq.best_factors, []
 
     def watched(block, fold, run, form):
         found = search(block, fold, run, form)
-        losses.append((fold.readers[0], [round(loss / max(found.losses[0], 1e-30), 4) for loss in found.losses]))
+        chosen.append(choice(fold.readers[0], found))
         return found
 
     awq.best_factors = watched
@@ -81,7 +95,7 @@ def measure(lm, trial: Trial) -> Trial:
     for name in ("manual", "prose"):
         windows = text.evaluation(lm, 8, 512, name)
         trial.kl[name] = [round(labkit.divergence(small, lm, w[None]).kl, 6) for w in windows]
-    trial.losses = losses
+    trial.chosen = chosen
     return trial
 
 
