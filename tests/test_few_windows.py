@@ -1,9 +1,8 @@
-"""The calibration trials: what the script keeps of a search, and what the notebook says of the trials."""
+"""Which windows AWQ's search sees: what the script measures, against the method itself, and what the notebook shows."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import pytest
 import torch
 
 import labkit
-from labkit import paths, text
+from labkit import text
+from labkit.formats import Integer
 from labkit.quantize import awq
 from labkit.ui.lessons import few_windows
+from labkit.ui.lessons.inputs import Inputs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "calibration_order.py"
 
@@ -28,40 +29,33 @@ def script():
     return module
 
 
-def trial(order, seed, manual, chosen=()):
-    return {
-        "method": "AWQ(bits=4)",
-        "order": order,
-        "seed": seed,
-        "kl": {"manual": manual, "prose": [2 * v for v in manual]},
-        "chosen": [list(c) for c in chosen],
-    }
+def trial(order, seed, manual):
+    kl = {"manual": manual, "prose": [2 * v for v in manual]}
+    return {"method": "AWQ(bits=4)", "order": order, "seed": seed, "kl": kl}
 
 
 def test_means_over_windows_and_draws_with_half_their_range():
     trials = [trial("in turns", seed, [0.1, 0.1 + 0.2 * seed]) for seed in (0, 1)] + [trial("manual first", 0, [0.5])]
-    assert few_windows.table(trials).rows == (
+    assert few_windows.orders(trials).rows == (
         ("AWQ(bits=4)", "in turns", "2", "0.1500 ± 0.0500", "0.3000 ± 0.1000"),
         ("AWQ(bits=4)", "manual first", "1", "0.5000", "1.0000"),
     )
 
 
-def test_the_agreement_of_two_searches():
-    one = trial("manual first", 0, [0.1], [("q", 0.5, 0.8, 0.4, 0.6), ("o", 0.2, 0.6, 0.2, 0.2)])
-    other = trial("in turns", 0, [0.1], [("q", 0.6, 0.8, 0.5, 0.7), ("o", 0.2, 0.6, 0.2, 0.2)])
-    odd = trial("own text first", 0, [0.1], [("q", 0.9, 0.8, 0.5, 0.7)])
-    assert list(few_windows.pairs([other, one, odd])) == [(one, other)]
-    found = few_windows.agreement(one, other)
-    assert found == pytest.approx({"same": 0.5, "near": 1.0, "apart": 0.05, "left": 0.7})
-    said = few_windows.sentence([one, other])
-    assert "50 %" in said and "100 %" in said and "0.05 apart" in said and "70 %" in said
-    assert "benchmarks/calibration_order.py" in few_windows.sentence([one])
-
-
-def test_what_is_kept_of_a_search(script):
-    losses = [1.0, 0.5, 0.404, 0.4, 0.403, 0.405, 0.4001]  # within 1 %: 2 to 4; the last is near, but not next to them
-    search = awq.Search([i / 20 for i in range(7)], losses, torch.ones(3))
-    assert script.choice("q", search) == ("q", 0.15, 0.4, 0.1, 0.2)
+def test_searches_are_means_over_places():
+    where = {"block": 0, "layer": "q", "source": "manual", "exponent": 0.5, "gain": {"manual": 2.0, "self": 4.0}}
+    found = [
+        where | {"fold": 0, "windows": 1, "cost": {"manual": 1.0, "self": 1.2}},
+        where | {"fold": 1, "windows": 1, "cost": {"manual": 1.1, "self": 1.2}},
+        where | {"fold": 0, "windows": 4, "source": "self", "cost": {"manual": 1.3, "self": 1.0}},
+    ]
+    table = few_windows.searches(found)
+    assert table.rows == (
+        ("1 window of the manual", "1.050", "1.200"),
+        ("4 windows of its own text", "1.300", "1.000"),
+        ("none: plain rounding", "2.000", "4.000"),
+    )
+    assert "2 places" in table.caption and not few_windows.searches([]).rows
 
 
 def test_the_orders_hold_the_same_windows(script, tiny_lm, monkeypatch):
@@ -73,27 +67,45 @@ def test_the_orders_hold_the_same_windows(script, tiny_lm, monkeypatch):
     assert orders["in turns"][:4] == [0, 32, 2, 34]
 
 
-def test_a_trial_is_the_method_and_its_divergence(script, tiny_lm, monkeypatch):
-    def windows(*shape):
-        return torch.randint(96, shape, generator=torch.Generator().manual_seed(sum(shape)))
+def windows(*shape):
+    return torch.randint(96, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
+
+def test_a_trial_is_the_method_and_its_divergence(script, tiny_lm, monkeypatch):
     monkeypatch.setattr(script, "ordered", lambda lm, order, seed: windows(4, 24))
     monkeypatch.setattr(text, "evaluation", lambda lm, count, length, name: windows(2, 24 + len(name)))
-    search = awq.best_factors
-    made = script.measure(tiny_lm, script.Trial("AWQ(bits=3, group_size=16)", "in turns", 0))
-    assert awq.best_factors is search
+    made = script.measured(tiny_lm, {"method": "AWQ(bits=3, group_size=16)", "order": "in turns", "seed": 0})
     small = labkit.AWQ(bits=3, group_size=16)(tiny_lm, windows(4, 24), progress=False)
-    for name, values in made.kl.items():
+    for name, values in made["kl"].items():
         truth = labkit.divergence(small, tiny_lm, windows(2, 24 + len(name))).kl
         assert sum(values) / 2 == pytest.approx(truth, rel=1e-3)
-    assert len(made.chosen) == 2 * 4  # four folds in each of two blocks
-    assert all(low <= best <= high and left <= 1 for _, best, left, low, high in made.chosen)
 
 
-def test_the_shipped_trials_are_those_that_the_script_wants(script):
-    trials = few_windows.shipped()
-    settings = {t.setting for t in script.wanted()}
-    assert len(settings) == len(script.wanted())
-    assert {(t["method"], t["order"], t["seed"]) for t in trials} <= settings
-    assert all(len(v) == 8 for t in trials for v in t["kl"].values())
-    assert json.loads((paths.data() / "calibration_order.json").read_text()) == trials
+def test_a_search_is_judged_on_more_windows_of_both_texts(script, tiny_lm, monkeypatch):
+    drawn = {"manual": windows(8, 24), "self": windows(8, 25)[:, :24]}
+    monkeypatch.setattr(text, "calibration", lambda lm, count, length, seed, source: drawn[source])
+    monkeypatch.setattr(script, "FEW", (2, 8))
+    found = script.searches(tiny_lm, 3, 16, blocks=(1,))
+    assert len(found) == 4 * 2 * 2  # folds, texts, numbers of windows
+    for search in found:
+        assert all(v >= 1 for part in ("cost", "gain") for v in search[part].values())
+        if search["windows"] == 8:  # judged by what it saw, it has chosen the best
+            assert search["cost"][search["source"]] == 1
+    inputs = Inputs(tiny_lm, drawn["self"])
+    fold = inputs.folds(1)[2]
+    run = {n: lambda n=n: inputs.run(1, n) for n in (2, 8)}
+    with torch.no_grad():
+        few, many = (awq.best_factors(inputs.stack[1], fold, run[n], Integer(3, 16)) for n in (2, 8))
+    (mine,) = (s for s in found if (s["fold"], s["source"], s["windows"]) == (2, "self", 2))
+    at = few.losses.index(min(few.losses))
+    assert mine["layer"] == fold.readers[0] and mine["exponent"] == few.exponents[at]
+    assert mine["cost"]["self"] == pytest.approx(many.losses[at] / min(many.losses), rel=1e-3)
+    assert mine["gain"]["self"] == pytest.approx(many.losses[0] / min(many.losses), rel=1e-3)
+
+
+def test_what_ships_is_what_the_script_wants(script):
+    few = few_windows.shipped()
+    assert all(wanted not in script.wanted()[:i] for i, wanted in enumerate(script.wanted()))
+    assert all({n: t[n] for n in ("method", "order", "seed")} in script.wanted() for t in few["trials"])
+    assert all(len(v) == 8 for t in few["trials"] for v in t["kl"].values())
+    assert len(few["searches"]) == len(script.BLOCKS) * 4 * 2 * len(script.FEW)

@@ -1,8 +1,8 @@
-"""Why a few windows of any text do for AWQ's search: trials with the same calibration in other orders, shipped.
+"""Why a few windows of any text do for AWQ's search: searches and whole models with other windows, shipped.
 
-trials = few_windows.shipped()
-few_windows.table(trials)       # KL on both texts by method and by which windows the search sees
-few_windows.sentence(trials)    # how far the chosen exponents agree
+few = few_windows.shipped()
+few_windows.searches(few["searches"])   # what an exponent costs that a few windows of one text have chosen
+few_windows.orders(few["trials"])       # KL on both texts, by the order of the calibration's windows
 
 ``benchmarks/calibration_order.py`` has measured them on the embedded model, and measures them again.
 """
@@ -10,23 +10,41 @@ few_windows.sentence(trials)    # how far the chosen exponents agree
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from labkit import paths
-from labkit.ui import words
 from labkit.ui.table import Table
 
 TEXTS = ("manual", "prose")
-ORDERS = ("manual first", "in turns")  # the two that are compared
+SOURCES = {"manual": "the manual", "self": "its own text"}
 
 
-def shipped() -> list[dict]:
-    """The trials: "method" as one types it, "order", "seed", "kl" of each window by text, "chosen" by the search."""
+def shipped() -> dict[str, list[dict]]:
+    """The "searches" and the "trials", as the script wrote them."""
     file = paths.data() / "calibration_order.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"searches": [], "trials": []}
 
 
-def table(trials: Sequence[Mapping]) -> Table:
+def searches(found: Sequence[Mapping]) -> Table:
+    """By the windows that a search saw: the output error at the exponent it chose, over the least, on each text.
+
+    Means over all folds; the last row is plain rounding, exponent 0.
+    """
+    rows = []
+    for source, words in SOURCES.items():
+        same = [s for s in found if s["source"] == source]
+        for count in sorted({s["windows"] for s in same}):
+            mine = [s for s in same if s["windows"] == count]
+            label = f"{count} window{'s' * (count != 1)} of {words}"
+            rows.append((label, *(f"{_mean([s['cost'][t] for s in mine]):.3f}" for t in SOURCES)))
+    if found:
+        rows.append(("none: plain rounding", *(f"{_mean([s['gain'][t] for s in found]):.3f}" for t in SOURCES)))
+    folds = len({(s["block"], s["fold"]) for s in found})
+    head = ("the search saw", *(f"error on {words}" for words in SOURCES.values()))
+    return Table(head, tuple(rows), f"Error of a module's output, best exponent = 1 (measured; {folds} places, means)")
+
+
+def orders(trials: Sequence[Mapping]) -> Table:
     """KL on both texts for each method and order, means over draws of the calibration, with half the range of the draws."""
     by: dict[tuple[str, str], list[Mapping]] = {}
     for trial in trials:
@@ -37,41 +55,6 @@ def table(trials: Sequence[Mapping]) -> Table:
         rows.append((method, order, str(len(same)), *cells))
     head = ("method", "order of the 32 windows", "draws", *TEXTS)
     return Table(head, tuple(rows), "KL, nats per token (measured; ± half the range of the draws)")
-
-
-def pairs(trials: Sequence[Mapping]) -> Iterator[tuple[Mapping, Mapping]]:
-    """Trials of the same method and draw, in the two orders."""
-    known = {(t["method"], t["seed"], t["order"]): t for t in trials}
-    for (method, seed, order), one in known.items():
-        if order == ORDERS[0] and (other := known.get((method, seed, ORDERS[1]))):
-            yield one, other
-
-
-def agreement(one: Mapping, other: Mapping) -> dict[str, float]:
-    """Shares over the folds of all blocks: "same" exponent, and the other's exponent "near" enough for 1 % of the loss.
-
-    "apart": the mean distance of the exponents; "left": the mean share of the error that the chosen ones leave.
-    """
-    both = list(zip(one["chosen"], other["chosen"], strict=True))
-    return {
-        "same": _mean([a[1] == b[1] for a, b in both]),
-        "near": _mean([a[3] <= b[1] <= a[4] for a, b in both]),
-        "apart": _mean([abs(a[1] - b[1]) for a, b in both]),
-        "left": _mean([a[2] for a, _ in both]),
-    }
-
-
-def sentence(trials: Sequence[Mapping]) -> str:
-    """How far the search agrees with itself when its windows are of the manual alone or of both texts, in words."""
-    found = [agreement(*pair) for pair in pairs(trials)]
-    if not found:
-        return "No such trials are here yet: benchmarks/calibration_order.py measures them."
-    mean = {name: _mean([f[name] for f in found]) for name in found[0]}
-    return (
-        f"In {words.percent(mean['same'])} of the searches windows of the manual alone choose the same exponent as windows of both "
-        f"texts, and in {words.percent(mean['near'])} one that costs less than 1 % more error; on average the two are "
-        f"{mean['apart']:.2f} apart. The best exponent leaves {words.percent(mean['left'])} of plain rounding's error."
-    )
 
 
 def _mean(values: Sequence[float]) -> float:
