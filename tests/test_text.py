@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from labkit import text, walk
+import labkit
+from labkit import probe, text, walk
 
 
 def ngrams(windows, n=120):
@@ -61,6 +62,30 @@ def test_the_first_few_hidden_states_are_of_both_texts(tiny_lm, tmp_path, monkey
         seen = walk.Flow(tiny_lm.model, walk.blocks(tiny_lm.model), mixed).few(few)
         assert torch.equal(seen[::2], embedding(parts[0][: few // 2]))
         assert torch.equal(seen[1::2], embedding(parts[1][: few // 2]))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [labkit.MixedPrecision(), labkit.Wanda(allocation="sensitivity"), labkit.AWQ(), labkit.AWQGPTQ()],
+    ids=repr,
+)
+def test_whoever_probes_on_a_few_windows_sees_both_texts(tiny_lm, monkeypatch, method):
+    first, second = torch.full((4, 300), 1), torch.full((4, 300), 2)
+    mixed = text._interleaved(first, second)
+    seen, few, begin = [], walk.Flow.few, probe.Probe.__init__
+
+    def looked(self, windows):
+        seen.append(windows)
+        return few(self, windows)
+
+    def begun(self, lm, ids):
+        seen.append(ids.unique().tolist())
+        begin(self, lm, ids)
+
+    monkeypatch.setattr(walk.Flow, "few", looked)
+    monkeypatch.setattr(probe.Probe, "__init__", begun)
+    method(tiny_lm, mixed, progress=False)
+    assert seen and all(s == [1, 2] or (isinstance(s, int) and s >= 2) for s in seen)
 
 
 @pytest.mark.model

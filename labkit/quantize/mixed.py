@@ -20,6 +20,7 @@ from labkit.walk import blocks as blocks_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that a layer may get
 PROBE = 3  # bits at which each layer is tried alone
+PROBE_TOKENS = 256  # of each window: two halves hold both texts of the mixed calibration, and cost no more than a whole
 BUDGET = (
     "Bits per weight code, on average over all linears. As with the other quantizers, each group's scale and zero point "
     "come on top: (16 + bits) / group_size per weight, so that 3.5 is 3.8 held at groups of 64."
@@ -44,13 +45,17 @@ class MixedPrecision(Method):
     bits: float = knob(3.5, low=2.0, high=8.0, step=0.25, help=BUDGET)
     group_size: int | None = GROUP_SIZE
     probe: int = knob(
-        1, low=1, high=32, stops=(1, 2, 4), help="Calibration windows on which each layer is tried alone."
+        2,
+        low=1,
+        high=32,
+        stops=(1, 2, 4),
+        help="Calibration windows on which each layer is tried alone, 256 tokens of each.",
     )
 
     def apply(self, lm, calib, progress: bool) -> None:
         for block in blocks_of(lm.model):
             unpack(block)
-        damage, errors, sizes = sensitivity(lm, calib[: self.probe], self.group_size, progress)
+        damage, errors, sizes = sensitivity(lm, calib[: self.probe, :PROBE_TOKENS], self.group_size, progress)
         width = allocate(damage, errors, sizes, self.bits)
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
