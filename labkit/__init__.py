@@ -8,7 +8,7 @@ from labkit.measure import Measurement, divergence, measure, perplexity, rooflin
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
 from labkit.prune import Magnitude, SparseGPT, Wanda
-from labkit.quantize import AWQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
+from labkit.quantize import AWQ, AWQGPTQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
 from labkit.record import record
 from labkit.results import Store
 from labkit.sweep import sweep
@@ -17,6 +17,7 @@ __all__ = [
     "RTN",
     "GPTQ",
     "AWQ",
+    "AWQGPTQ",
     "SmoothQuant",
     "HQQ",
     "BitsAndBytes",

@@ -80,8 +80,7 @@ class Key:
 
 def calibrated(method: Method | None) -> bool:
     """Whether ``method``, or any part of a Recipe, uses calibration windows."""
-    parts = getattr(method, "methods", ())
-    return any(map(calibrated, parts)) if parts else bool(method and method.calibrated)
+    return method is not None and method.calibrated
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,11 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         raise ValueError(f"seed = {brief(seed)} is not allowed: it must be a whole number from 0 to 2**63 - 1.")
     _check_source(source)
     if source == "mixed":
-        half = windows // 2
-        parts = [calibration(lm, windows - half, length, seed, "manual")]
-        if half:
-            parts.append(calibration(lm, half, length, seed, "self", progress))
-        return torch.cat(parts)
+        mixed = calibration(lm, windows - windows // 2, length, seed, "manual")
+        if windows > 1:
+            own = calibration(lm, windows // 2, length, seed, "self", progress)
+            mixed = _interleaved(mixed, own)
+        return mixed
     if source == "self":
         from labkit.selftext import self_samples
 
@@ -71,6 +71,13 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         )
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:windows]
     return available[order]
+
+
+def _interleaved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rows (n, length) in turns, one of ``first`` and one of ``second``; ``first`` may have one more."""
+    turns = first.new_empty(len(first) + len(second), first.shape[1])
+    turns[::2], turns[1::2] = first, second
+    return turns
 
 
 def fingerprint(ids: torch.Tensor) -> str:

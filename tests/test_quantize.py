@@ -10,6 +10,7 @@ import labkit
 from labkit.fold import folds
 from labkit.formats import Affine, Integer
 from labkit.linear import W8A8Linear
+from labkit.measure import memory
 from labkit.quantize.awq import best_factors, clipped
 from labkit.quantize.gptq import gptq
 from labkit.quantize.hqq import P, hqq
@@ -76,6 +77,23 @@ def test_gptq_equals_brute_force(bits, group_size, columns, act_order):
     different = np.abs(found - truth) > 1e-6
     # A weight that lies on the middle between two codes may fall to either side in fp32, and its row goes on from there.
     assert different.any(axis=1).mean() <= 0.1
+
+
+def test_the_papers_order_fits_each_grid_when_its_group_comes():
+    """act_order=False: a group's grid spans the updated weights; with act-order it spans the weights as they were."""
+    weight, x, form, before = weights(12, 64), inputs(400, 64), Integer(3, 16), {}
+
+    def watch(done, columns):
+        if done % 16 == 0 and done < 64:
+            before[done] = columns[done : done + 16].T.clone()  # the next group, as it is when its turn comes
+
+    scale = gptq(weight, stats_of(x), form, False, watch=watch).tensors()["scale"].float()
+    for done, group in before.items():
+        torch.testing.assert_close(scale[:, done // 16], form.fit(group[:, None])[0][:, 0], rtol=1e-3, atol=1e-6)
+    as_it_was = form.fit(form.groups(weight))[0]
+    static = gptq(weight, stats_of(x), form, True).tensors()["scale"].float()
+    torch.testing.assert_close(static, as_it_was, rtol=1e-3, atol=1e-6)
+    assert ((scale - as_it_was).abs() > 1e-2 * as_it_was)[:, 1:].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -187,6 +205,37 @@ def test_clipping_lowers_the_error_of_every_group(group_size, columns):
         assert (errors["clip"] <= errors["whole"] * 1.0001).all()
 
 
+# --- AWQ and GPTQ together
+
+
+def same(one, other) -> bool:
+    ids = torch.arange(32)[None]
+    return torch.equal(one.model(ids).logits, other.model(ids).logits)
+
+
+def test_without_scaling_and_clipping_the_hybrid_is_gptq(tiny_lm):
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    plain, parts = {"bits": 3, "group_size": 16}, {"scale": False, "clip": False}
+    made = {m: m(tiny_lm, ids, progress=False) for m in (labkit.GPTQ(**plain), labkit.AWQGPTQ(**plain, **parts))}
+    assert same(*made.values())
+    for part in parts:
+        one = labkit.AWQGPTQ(**plain, **parts | {part: True})(tiny_lm, ids, progress=False)
+        assert not same(one, made[labkit.GPTQ(**plain)]), part
+
+
+def test_without_compensation_the_hybrid_is_awq(tiny_lm, monkeypatch):
+    monkeypatch.setattr(labkit.quantize.awq, "UNCLIPPED", ())  # AWQ leaves q and k unclipped, the hybrid does not
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    knobs = {"bits": 3, "group_size": 16}
+    made = labkit.AWQGPTQ(**knobs, compensate=False)(tiny_lm, ids, progress=False)
+    assert same(made, labkit.AWQ(**knobs)(tiny_lm, ids, progress=False))
+
+
+def test_the_default_gptq_is_the_fields(tiny_lm):
+    assert set(labkit.AWQGPTQ.knobs()) - set(labkit.GPTQ.knobs()) == {"scale", "clip"}
+    assert labkit.GPTQ() == labkit.GPTQ(act_order=True, damp=0.01, compensate=True)
+
+
 # --- SmoothQuant
 
 
@@ -258,10 +307,32 @@ def test_the_budget_goes_where_it_saves_most():
     assert set(allocate(damage, errors, sizes, 8.0).values()) == {8}
 
 
+def test_the_width_between_widths_is_rounded_half_up():
+    from labkit.quantize.mixed import middle_width
+
+    widths = [middle_width(2 + i / 4) for i in range(25)]
+    assert [middle_width(b) for b in (2.25, 2.5, 3.25, 3.5, 4.5, 8.0)] == [2, 3, 3, 4, 5, 8]
+    assert widths == sorted(widths) and {widths.count(w) for w in range(3, 8)} == {4}
+
+
+@pytest.mark.parametrize("bits, group_size", [(3.5, 64), (5.0, 16)])
+def test_the_budget_counts_codes_and_the_help_says_what_is_held(tiny_lm, bits, group_size):
+    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    made = labkit.MixedPrecision(bits=bits, group_size=group_size)(tiny_lm, ids, progress=False)
+    layers = [m for m in made.model.modules() if hasattr(m, "format")]
+    weights = sum(m.in_features * m.out_features for m in layers)
+    codes = sum(m.format["bits"] * m.in_features * m.out_features for m in layers) / weights
+    assert bits - 0.3 < codes <= bits
+    groups = sum(m.out_features * -(-m.in_features // group_size) for m in layers) / weights
+    assert memory.bits_per_weight(made) == pytest.approx(codes + (16 + codes) * groups, rel=0.02)
+    assert "3.8 held at groups of 64" in labkit.MixedPrecision.knobs()["bits"].help
+    assert round(3.5 + (16 + 3.5) / 64, 1) == 3.8
+
+
 def test_mixed_precision_beats_an_even_spread_at_equal_bits(tiny_lm):
     ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
     made = labkit.MixedPrecision(bits=3.0, group_size=16)(tiny_lm, ids, progress=False)
-    even = labkit.GPTQ(bits=3, group_size=16)(tiny_lm, ids, progress=False)
+    even = labkit.AWQGPTQ(bits=3, group_size=16)(tiny_lm, ids, progress=False)
     used = [m.format["bits"] for m in made.model.modules() if hasattr(m, "format")]
     assert len(set(used)) > 1
     assert made.nbytes <= even.nbytes

@@ -28,7 +28,7 @@ def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callabl
 
     "owl": Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024, section 3.2: a block's density grows with its
     share of outliers among |w|·‖x‖. "sensitivity": it grows with the logarithm of the KL divergence that pruning
-    this block alone costs, on the first calibration window.
+    this block alone costs, on the first two calibration windows: one of each text of the mixed calibration.
     """
     if method.allocation == "uniform":
         return lambda path: method.sparsity
@@ -40,7 +40,7 @@ def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callabl
     for block in stack:
         unpack(block)
     worth, sizes = [], []
-    probe = Probe(lm, calib[:1]) if method.allocation == "sensitivity" else None
+    probe = Probe(lm, calib[:2]) if method.allocation == "sensitivity" else None
     for block, norms in track(_norms(lm, calib), "looking at each block", progress, total=len(stack)):
         weights = {module: weight_of(module).float() for _, module in linears(block)}
         scores = {module: w.abs() * norms[module] for module, w in weights.items()}

@@ -14,6 +14,7 @@ from labkit.method import Method, knob
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of, rounded
 from labkit.walk import Flow, Prepare, Stats, set_weight, walk, weight_of
 
+WINDOWS = 4  # calibration windows that the scale search looks at; why so few are enough: text.calibration
 GRID = 20  # the scale search tries the exponents 0, 1/20, … 19/20; the clip search cuts ranges in steps of 1/20
 SHORTEST = 0.5  # the smallest share of a group's range that the clip search tries
 UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv_proj", "c_attn")  # as in the paper's code
@@ -41,7 +42,7 @@ class AWQ(Method):
     scale: bool = knob(True, help="Off: no scaling, clipping alone.")
     clip: bool = knob(True, help="Off: each grid spans the whole range of its group.")
     windows: int = knob(
-        4, low=1, high=128, stops=(1, 2, 4, 8), help="Calibration windows that the scale search looks at."
+        WINDOWS, low=1, high=128, stops=(1, 2, 4, 8), help="Calibration windows that the scale search looks at."
     )
 
     def apply(self, lm, calib, progress: bool) -> None:

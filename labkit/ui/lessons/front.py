@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from labkit import text
-from labkit.quantize import GPTQ
+from labkit.quantize import AWQGPTQ, GPTQ
 from labkit.results import Store
 from labkit.ui import need, theme, words
 from labkit.ui.table import Table
@@ -150,19 +150,18 @@ def calibrations(rows: Sequence[Mapping], known: Mapping[str, str], method: str 
 
 
 def parts(rows: Sequence[Mapping], known: Mapping[str, str], bits: int = 4, source: str = "mixed") -> Table:
-    """GPTQ's settings at one width, by what differs from the paper's: KL on both texts, the worst on the prose first."""
-    paper = GPTQ(bits=bits, group_size=64, scale=False, clip=False).values()
+    """The settings of GPTQ and AWQGPTQ at one width, as one types them: KL on both texts, the worst on the prose first."""
     found: dict[str, tuple] = {}
     for r in rows:
-        if r["method"] != "GPTQ" or known.get(r["calib"]) != source:
+        cls = {c.__name__: c for c in (GPTQ, AWQGPTQ)}.get(r["method"])
+        if cls is None or known.get(r["calib"]) != source:
             continue
-        knobs = json.loads(r["knobs"])
-        if any(knobs[n] != paper[n] for n in ("bits", "group_size", "format")):
-            continue
-        changed = ", ".join(f"{n} = {knobs[n]}" for n, value in paper.items() if knobs[n] != value) or "the paper's"
-        found[changed] = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
+        knobs, usual = json.loads(r["knobs"]), cls(bits=bits).values()
+        if knobs.keys() != usual.keys() or any(knobs[n] != usual[n] for n in ("bits", "group_size", "format")):
+            continue  # an older labkit's row, or another grid
+        found[cls(**knobs).typed()] = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
     table = sorted(found.items(), key=lambda item: -item[1][1])
-    caption = f"GPTQ at {bits} bits, groups of 64, calibrated on {source}: KL in nats per token (measured)"
+    caption = f"Groups of 64, calibrated on {source}: KL in nats per token (measured)"
     return Table(("setting", "manual", "prose"), tuple((n, f"{m:.3f}", f"{p:.3f}") for n, (m, p) in table), caption)
 
 
