@@ -57,7 +57,7 @@ def test_values_are_normal_quantiles():
 
 
 def test_codes_are_not_used_equally_often():
-    """A block's largest weight is no quantile: normal weights use some codes five times as often (Yoshida, arXiv:2306.06965)."""
+    """A block's largest weight is no quantile: normal weights use some codes 5 times as often (Yoshida, arXiv:2306.06965)."""
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     codes = NF4(double_quant=False).encode(weight).codes().flatten().int()
     share = torch.bincount(codes, minlength=16) / weight.numel()

@@ -59,11 +59,11 @@ class HQQ(Method):
         walk(lm, calib, "none", lambda weight, stats, path: hqq(weight, form, self.steps), what, progress)
 
 
-def hqq(weight: torch.Tensor, form: Affine, steps: int = 20) -> Encoded:
-    """Encode a weight (out, in): the scale is the range's, the minimum is solved for."""
+def hqq(weight: torch.Tensor, form: Affine, steps: int = 20, beta: float = BETA) -> Encoded:
+    """Encode a weight (out, in): the scale is the range's, the minimum is solved for. ``beta=0``: by least squares alone."""
     groups = form.groups(weight)  # (out, groups, size)
     scale, minimum = form.fit(groups)
-    beta, least, best = BETA, torch.inf, minimum
+    least, best = torch.inf, minimum
     for _ in range(steps + 1):
         codes = form.quantize(groups, (scale, minimum))
         error = groups - form.dequantize(codes, (scale, minimum))
@@ -71,7 +71,9 @@ def hqq(weight: torch.Tensor, form: Affine, steps: int = 20) -> Encoded:
         if now >= least:
             break
         least, best = now, minimum
-        minimum = (groups - shrunk(error, beta) - codes * scale[..., None]).mean(-1).half().float()  # as it will be stored
+        minimum = (
+            (groups - shrunk(error, beta) - codes * scale[..., None]).mean(-1).half().float()
+        )  # as it will be stored
         beta *= KAPPA
     codes = form.quantize(groups, (scale, best)).view(len(weight), -1)[:, : weight.shape[1]]
     return form.assemble(codes, (scale, best))
@@ -83,4 +85,6 @@ def shrunk(error: torch.Tensor, beta: float = BETA, p: float = P) -> torch.Tenso
     The authors' approximate solution of min |e|^p + β/2 (e - x)². Zero wherever |x| < β^(-1/(2 - p)).
     """
     size = error.abs()
+    if not beta:
+        return torch.zeros_like(error)
     return error.sign() * (size - size.clamp(min=1e-12).pow(p - 1) / beta).clamp(min=0)
