@@ -26,7 +26,7 @@ def test_the_share_is_of_residuals_above_the_threshold(shrinkage, monkeypatch):
             left = (weight - form.encode(weight).decode()).abs().double()
             above, count = above + int((left > beta ** (-1 / (2 - P))).sum()), count + left.numel()
         assert shrinkage.share(1, bits, beta) == pytest.approx(above / count, abs=2e-3)
-    assert shrinkage.share(1, 2, 300.0) > 0.2  # so the comparison is not one of zeros
+    assert shrinkage.share(1, 2, 300.0) > 0.1  # so the comparison is not one of zeros
 
 
 def test_more_beta_shrinks_more_and_the_view_says_what_it_draws(shrinkage):
