@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import labkit
 from labkit.fold import folds
@@ -13,7 +17,7 @@ from labkit.linear import W8A8Linear
 from labkit.measure import memory
 from labkit.quantize.awq import best_factors, clipped
 from labkit.quantize.gptq import gptq
-from labkit.quantize.hqq import P, hqq
+from labkit.quantize.hqq import BETA, P, hqq, shrunk
 from labkit.quantize.smoothquant import smoothing
 from labkit.walk import Flow, Stats, blocks, walk
 
@@ -282,10 +286,37 @@ def test_hqq_lowers_its_own_error(bits):
     weight, form = draw.sample((64, 128)) * 0.1, Affine(bits, 64)
 
     def error(encoded) -> float:
-        return (weight - encoded.decode()).abs().pow(P).mean().item()
+        return (weight - encoded.decode()).abs().mean().item()
 
     assert error(hqq(weight, form)) < error(form.encode(weight))
     assert torch.equal(hqq(weight, form, steps=0).tensors()["packed"], form.encode(weight).tensors()["packed"])
+
+
+@given(st.floats(-2, 2), st.floats(1, 1000))
+def test_hqq_shrinks_only_what_is_above_its_threshold(x, beta):
+    """0.170 at the authors' β = 10: the residuals of 4-bit weights stay below it."""
+    e = float(shrunk(torch.tensor([x], dtype=torch.float64), beta))
+    if abs(x) < beta ** (-1 / (2 - P)):
+        assert e == 0
+    else:
+        assert e == pytest.approx(math.copysign(abs(x) - abs(x) ** (P - 1) / beta, x), abs=1e-9)
+    threshold = BETA ** (-1 / (2 - P))
+    assert threshold == pytest.approx(0.170, abs=5e-4)
+
+
+def test_hqq_at_4_bits_is_least_squares():
+    """With residuals below the threshold one step sets each minimum to the mean of w - code · scale."""
+    torch.manual_seed(0)
+    weight, form = 0.1 * torch.randn(32, 128), Affine(4, 64)
+    groups = form.groups(weight)
+    scale, minimum = form.fit(groups)
+    codes = form.quantize(groups, (scale, minimum)).double()
+    assert not shrunk(groups - form.dequantize(codes, (scale, minimum))).any()
+    left = groups.double() - codes * scale[..., None]
+    moved = left.mean(-1)
+    assert ((left - moved[..., None]).square().sum(-1) <= (left - minimum[..., None]).square().sum(-1)).all()
+    found = hqq(weight, form, steps=1).params()[1]
+    assert (found - moved).abs().max() < 1e-3 * weight.abs().max()  # as fp16 stores it
 
 
 # --- mixed precision
