@@ -54,8 +54,10 @@ def fingerprint(model) -> str:
 
 def digest(tensor: torch.Tensor) -> str:
     """dtype, shape and a 128-bit hash (XXH3) of all bytes of a tensor on any device."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # a single number may keep any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy())}"
 
 
 def _weights(model) -> Iterator[tuple[str, str]]:

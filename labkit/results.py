@@ -177,7 +177,8 @@ class Store:
         """Flat dictionaries, oldest first, for pandas and plots; ``where`` picks by key column or ``shipped``.
 
         The key's columns, ``shipped`` and ``when``, then ``knobs.bits``, ``quality.manual.kl``, ``memory.weights``,
-        ``latency.decode_ms`` and so on; ``repr`` is the method as one would type it.
+        ``latency.decode_ms`` and so on; ``repr`` is the method as one would type it. Values by window, quartiles and
+        notes stay lists.
         """
         rows = []
         for found in self._select(where):
