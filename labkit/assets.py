@@ -58,15 +58,19 @@ class Asset:
         return self.file_sha256 if self.file else self.sha256
 
 
-def assets() -> dict[str, Asset]:
-    """Every asset of the manifest by name."""
+def manifest() -> dict[str, dict]:
+    """``data/manifest.toml``: a table for each download, and under "shipped" one for each thing that lies in data/."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
-    tables = tomllib.loads((paths.data() / "manifest.toml").read_text(encoding="utf-8"))
-    return {name: Asset(name=name, **table) for name, table in tables.items()}
+    return tomllib.loads((paths.data() / "manifest.toml").read_text(encoding="utf-8"))
+
+
+def assets() -> dict[str, Asset]:
+    """Everything that labkit downloads, by name."""
+    return {name: Asset(name=name, **table) for name, table in manifest().items() if name != "shipped"}
 
 
 def fetch(name: str, progress: bool = True) -> Path:

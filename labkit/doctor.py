@@ -94,7 +94,7 @@ class Report:
 
 
 def report(network: bool = True) -> Report:
-    """Look at this machine, in about five seconds. ``network=False`` does not ask whether the model hub answers."""
+    """Look at this machine, in about ten seconds. ``network=False`` does not ask whether the model hub answers."""
     lines: list[Line] = []
     for what, check in CHECKS.items():
         if what == "hub" and not network:
@@ -372,6 +372,66 @@ def model() -> Iterator[Line]:
         yield Line("model", PROBLEM, "the converted model predicts NaN: its file is damaged", todo)
 
 
+def texts() -> Iterator[Line]:
+    """Are the texts those that every machine measures on, and does the tokenizer here split them in the same way?"""
+    from labkit import shipped
+
+    known = shipped.shipped()
+    if damaged := [name for name in known if not shipped.intact(name)]:
+        said = f"{', '.join(damaged)} in {shipped.paths.data()}: not as it was shipped, so numbers here are others' no more"
+        yield Line("texts", PROBLEM, said, "install labkit again, or `git checkout data` in a checkout")
+        return
+    texts = {name: what for name, what in known.items() if what.ids}
+    named = " and ".join(f"{name} ({what.tokens:,} tokens)" for name, what in texts.items())
+    folder = _converted()
+    if folder is None:
+        said = f"{named} are as shipped; whether the tokenizer splits them as it should shows once the model is there"
+        yield Line("texts", NOTE, said, "labkit fetch")
+        return
+    from transformers import AutoTokenizer
+
+    from labkit import text
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    other = [name for name, what in texts.items() if text.fingerprint(text.whole(tokenizer, name)) != what.ids]
+    if other:
+        have = f"transformers {version('transformers')}, tokenizers {version('tokenizers')}"
+        said = f"the tokenizer here splits {' and '.join(other)} into other ids ({have}): no shipped result matches"
+        todo = f"remove {folder}, then labkit fetch; if that does not help, install other versions of these two"
+        yield Line("texts", PROBLEM, said, todo)
+    else:
+        yield Line("texts", OK, f"{named}: the same ids as on every machine")
+
+
+def shipped_rows() -> Iterator[Line]:
+    """How many of the measurements that come with labkit answer on this machine."""
+    what, folder = "shipped results", _converted()
+    if folder is None:
+        yield Line(what, NOTE, "whether they fit shows once the model is there", "labkit fetch")
+        return
+    from labkit import embedded
+    from labkit.model import load
+    from labkit.reproduce import serving
+
+    lm = load(folder, device="cpu", dtype="float32")
+    lm.name = embedded.NAME
+    counts = serving(lm)
+    here, total = counts["here"], sum(counts.values())
+    if here == total:
+        yield Line(what, OK, f"all {total} answer here, for the model on the CPU in fp32")
+        return
+    why = {
+        "labkit": ("were measured by another labkit", "update labkit"),
+        "model": (f"are of other weights than those here ({lm.fingerprint})", f"remove {folder}, then labkit fetch"),
+        "texts": ("are on other token ids", "see the line on texts"),
+        "calibration": ("were calibrated on other token ids", "see the line on texts"),
+    }
+    reasons = [(counts[name], said, todo) for name, (said, todo) in why.items() if counts[name]]
+    said = f"{here} of {total} answer here; " + ", ".join(f"{n} {said}" for n, said, _ in reasons)
+    todo = "; ".join(dict.fromkeys(todo for _, _, todo in reasons))
+    yield Line(what, NOTE, said, f"{todo}; what is missing is measured when a panel asks for it")
+
+
 def kernels() -> Iterator[Line]:
     """One tiny product at each width through onnxruntime's MatMulNBits, against the dequantized weight."""
     import torch
@@ -424,7 +484,7 @@ def store() -> Iterator[Line]:
         yield Line("results", PROBLEM, _one_line(error), "free some disk space, or set LABKIT_CACHE to another folder")
         return
     text = f"{opened.path}, {count:,} measurements"
-    if said:  # a broken file was set aside, and says so itself
+    if said:  # a broken file was set aside, or rows of an older labkit were: it says so itself
         yield Line("results", NOTE, f"{text}; {_one_line(said[0].message)}")
     else:
         yield Line("results", OK, text)
@@ -504,8 +564,10 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
     "memory": memory,
     "cache": disk,
     "model": model,
+    "texts": texts,
     "kernels": kernels,
     "results": store,
+    "shipped results": shipped_rows,
     "notebooks": lab,
     "browser tests": browser,
     "hub": hub,

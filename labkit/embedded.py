@@ -2,6 +2,10 @@
 
 The wheel carries a GGUF whose linear layers lie exactly on the Q4_1 grid (blocks of 32, a real-valued minimum). A 4-bit
 format with the same grid would lose nothing, a false miracle, so an exact rescaling dissolves the grid: see :func:`unsnap`.
+
+The weights are the same on every machine, bit for bit: stored results are found by a hash of them. Dequantizing and
+rescaling are single IEEE operations. The factors are not (a normal draw and exp() end in another bit with another
+libm or version of torch), so they were drawn once and ship.
 """
 
 from __future__ import annotations
@@ -9,11 +13,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from labkit import assets, paths
+from labkit import assets, paths, shipped
 
 ASSET = "smollm2-135m-instruct"
 NAME = "SmolLM2-135M-Instruct"
@@ -45,7 +50,7 @@ def folder(progress: bool = True) -> Path:
     return target
 
 
-def convert(gguf: Path, target: Path, seed: int = 0) -> None:
+def convert(gguf: Path, target: Path) -> None:
     """Read a GGUF through transformers, un-snap it, and write fp32 safetensors and the tokenizer to ``target``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -61,22 +66,50 @@ def convert(gguf: Path, target: Path, seed: int = 0) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = NAME
-    unsnap(model, seed=seed)
+    unsnap(model, frozen(model))
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
+def sizes(model) -> list[int]:
+    """How many factors each rescaling of a Llama takes, in the order of :func:`unsnap`: four for each block."""
+    return [
+        count
+        for block in model.model.layers
+        for count in (
+            block.input_layernorm.weight.numel(),
+            block.post_attention_layernorm.weight.numel(),
+            block.self_attn.v_proj.out_features,
+            block.mlp.up_proj.out_features,
+        )
+    ]
+
+
+def drawn(model, sigma: float = 0.1, seed: int = 0) -> list[torch.Tensor]:
+    """Factors exp(sigma * N(0, 1)) in double precision, one tensor (count,) for each of :func:`sizes`."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.exp(sigma * torch.randn(count, generator=draw, dtype=torch.float64)) for count in sizes(model)]
+
+
+def frozen(model) -> list[torch.Tensor]:
+    """What :func:`drawn` gave for the embedded model once: data/embedded/unsnap.safetensors."""
+    from safetensors.torch import load_file
+
+    (path,) = shipped.shipped()["unsnap"].paths
+    if not shipped.intact("unsnap"):
+        raise OSError(f"{path} is damaged: install labkit again.")
+    return list(load_file(path)["factors"].split(sizes(model)))
+
+
 @torch.no_grad()
-def unsnap(model, sigma: float = 0.1, seed: int = 0) -> None:
+def unsnap(model, factors: Iterable[torch.Tensor]) -> None:
     """Rescale a Llama in place, exactly preserving its function, so that its weights leave their grid.
 
-    Factors exp(sigma * N(0, 1)) per channel: into a norm's gain and out of the columns that read it; out of v's rows
-    and into o's columns (the same factor for all query heads of a KV head); out of up's rows and into down's columns.
+    A factor per channel goes into a norm's gain and out of the columns that read it; out of v's rows and into o's
+    columns (the same factor for all query heads of a KV head); out of up's rows and into down's columns. ``factors``:
+    those of :func:`frozen` or :func:`drawn`.
     """
-    draw = torch.Generator().manual_seed(seed)
-
-    def factors(count: int) -> torch.Tensor:
-        return torch.exp(sigma * torch.randn(count, generator=draw, dtype=torch.float64))
+    factors = iter(factors)
 
     def scale(weight: torch.Tensor, by: torch.Tensor) -> None:
         weight.copy_((weight.double() * by).to(weight.dtype))
@@ -89,14 +122,14 @@ def unsnap(model, sigma: float = 0.1, seed: int = 0) -> None:
             (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
             (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
         ):
-            s = factors(norm.weight.numel())
+            s = next(factors)
             scale(norm.weight, 1 / s)
             for linear in readers:
                 scale(linear.weight, s)
-        s = factors(attention.v_proj.out_features)
+        s = next(factors)
         scale(attention.v_proj.weight, 1 / s[:, None])
         per_head = s.view(config.num_key_value_heads, 1, -1).expand(-1, queries_per_kv, -1)
         scale(attention.o_proj.weight, per_head.reshape(-1))
-        s = factors(mlp.up_proj.out_features)
+        s = next(factors)
         scale(mlp.up_proj.weight, 1 / s[:, None])
         scale(mlp.down_proj.weight, s)

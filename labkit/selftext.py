@@ -60,12 +60,12 @@ STARTERS = (
 
 def self_samples(lm, windows: int, length: int, seed: int = 0, progress: bool = True) -> torch.Tensor:
     """``windows`` self-written windows, LongTensor (windows, length); ``seed`` picks which of the stored ones."""
-    stored = _stored(lm, windows, length)
-    if stored is None:
-        stored = write(lm, windows, length, progress=progress)
-        _keep(lm, stored)
-    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[:windows]
-    return stored[order, :length].long()
+    kept = stored(lm, windows, length)
+    if kept is None:
+        kept = write(lm, windows, length, progress=progress)
+        _keep(lm, kept)
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:windows]
+    return kept[order, :length].long()
 
 
 @torch.inference_mode()
@@ -101,7 +101,8 @@ def _places(lm) -> list[Path]:
     return [paths.data() / "self" / name, paths.cache() / "self" / name]
 
 
-def _stored(lm, windows: int, length: int) -> torch.Tensor | None:
+def stored(lm, windows: int, length: int) -> torch.Tensor | None:
+    """What this model has written before, at least (windows, length), or None: then :func:`self_samples` takes minutes."""
     from safetensors.torch import load_file
 
     for path in _places(lm):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import paths
+from labkit import shipped
 from labkit.method import brief, check_model
 from labkit.progress import track
 
@@ -24,7 +24,7 @@ CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evalua
 def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
     """Evaluation windows, LongTensor (windows, length): the first ones, or for "prose" spread over all the essays.
 
-    ``source``: "manual" (the default: the last part of the Python manual), "prose" (essays written for this project),
+    ``source``: "manual" (the default: the last part of the manual of Python 3.11.7), "prose" (essays written for this project),
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
     """
     source = "manual" if source is None else source
@@ -150,30 +150,30 @@ def _tokens(tokenizer, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
 
 
+def whole(tokenizer, source: str = "manual") -> torch.Tensor:
+    """All token ids of a corpus or text file, LongTensor (tokens,): what windows are cut from."""
+    return _tokens(tokenizer, raw(source))
+
+
 def _encode(lm, text: str) -> torch.Tensor:
     check_model(lm, "tokenizer")
     return _tokens(lm.tokenizer, text)
 
 
 def _manual(lm) -> torch.Tensor:
-    """The Python manual that ships with every interpreter, all topics in the order of their names."""
+    """The Python manual of one release, which ships with labkit: the interpreter's own is another with each release."""
     return _encode(lm, raw("manual"))
 
 
 def raw(source="prose") -> str:
     """The whole text of a corpus or of a text file, as it was written."""
     _check_source(source)
-    if source != "manual":
-        return _read(source)
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return _read(source)
 
 
 def _read(source: str | os.PathLike) -> str:
-    if source == "prose":
-        files = sorted((paths.data() / "prose").glob("*.md"))
-        return "\n\n".join(f.read_text(encoding="utf-8").strip() for f in files)
+    if source in ("manual", "prose"):
+        return shipped.text(source)
     if source in ("wikitext2", "c4"):
         return _from_hub(source)
     path = Path(source)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict
 
 import pytest
 
 import labkit
 from labkit import paths
-from labkit.reproduce import calibrations, sweeps
+from labkit.reproduce import calibrations, serving, sweeps
+from labkit.results import Key
+from labkit.sweep import text_hashes
 
 pytestmark = pytest.mark.model
 
@@ -130,3 +134,38 @@ def test_at_equal_bytes_rounding_beats_zeros(kl):
     eight = kl(labkit.RTN(bits=8))
     for method in (labkit.SparseGPT(), labkit.SparseGPT(sparsity=0.3)):
         assert all(e < 0.1 * p for e, p in zip(eight, kl(method)))
+
+
+def test_every_shipped_row_answers_here():
+    """Its key is what this installation works out: weights, both texts, calibration. And this labkit can read it."""
+    counts = serving(labkit.load(device="cpu", dtype="float32"))
+    assert dict(counts) == {"here": sum(counts.values())}
+
+
+def test_rows_that_do_not_answer_are_counted_by_reason(tmp_path, monkeypatch, tiny_lm):
+    from labkit.measure.measurement import Measurement, Memory, Quality
+
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(paths.data(), data, ignore=shutil.ignore_patterns("results"))
+    (data / "results").mkdir()
+    (data / "sweeps.toml").write_text(
+        '[one]\nwhat = "x"\nwindows = 2\nlength = 64\nsources = ["manual", "self"]\nsettings = []\n'
+    )
+    monkeypatch.setattr(paths, "data", lambda: data)
+    hashes = text_hashes(tiny_lm, ("manual", "prose"), 2, 64)
+    known = calibrations(tiny_lm, ["manual"], [0])
+    m = Measurement(tiny_lm.name, "x", {"manual": Quality(1.0, 0.1, 8)}, Memory(1, 1, 4.0, 8, 8), None, "cpu").to_dict()
+    right = asdict(Key.of(tiny_lm, None, hashes))
+    keys = [
+        right,
+        right | {"method": "GPTQ", "calib": next(iter(known))},
+        right | {"model": "tiny@0000"},
+        right | {"texts": "{}"},
+        right | {"calib": "what it wrote itself"},
+    ]
+    lines = [json.dumps({"key": k, "measurement": m, "when": "2026-01-01T00:00:00+00:00"}) for k in keys]
+    lines += ["{", json.dumps({"key": right, "measurement": {}, "when": ""})]
+    (data / "results" / "one.jsonl").write_text("\n".join(lines))
+    assert serving(tiny_lm) == {"here": 2, "model": 1, "texts": 1, "calibration": 1, "labkit": 2}
+    assert not (tmp_path / "cache" / "self").exists(), "nothing was written to find that out"

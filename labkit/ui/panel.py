@@ -6,6 +6,7 @@ import html
 import time
 from dataclasses import replace
 
+from labkit.measure.machine import machine
 from labkit.progress import listen
 from labkit.ui import controls, need, words
 from labkit.ui.base import STYLE, Live, button, note, part, wrapped
@@ -145,8 +146,9 @@ class Panel(Live):
         self.worker.cancel()
         try:
             method = self.method()
-            found = self.store.find(self._key(method))
-            baseline = self._baseline(found) if found else None
+            key = self._key(method)
+            found = self.store.find(key)
+            baseline = self._baseline(found, key.uncompressed()) if found else None
             if baseline is None:
                 self._measure(method, moved)
                 return
@@ -183,13 +185,19 @@ class Panel(Live):
         measure = self._measure_with
         if measure is None:
             from labkit.measure import measure
-        baseline = self.store.get(self._key(None))
+        key = self._key(method)
+        baseline = self.store.get(key.uncompressed())
         if baseline is None or (self._how["latency"] and baseline.latency is None):
             baseline = measure(self.lm, **self._how)
-            self.store.put(self._key(None), baseline)
+            self._keep(key.uncompressed(), baseline)
         current = measure(method(self.lm, self._calib), against=self.lm, **self._how)
-        self.store.put(self._key(method), current)
+        self._keep(key, current)
         return baseline, current
+
+    def _keep(self, key, measured) -> None:
+        if self._key(None).model != key.model:
+            raise RuntimeError("The model was changed while it was being measured: nothing was kept. Measure it again.")
+        self.store.put(key, measured)
 
     def _measured(self, method, moved, pair) -> None:
         with self._drawing:
@@ -198,9 +206,8 @@ class Panel(Live):
             self._draw(method, *pair, None, moved)
             self._status("Measured just now, and kept in the store.")
 
-    def _baseline(self, found):
-        """The uncompressed model measured where ``found`` was; one from elsewhere comes without its times."""
-        key = self._key(None)
+    def _baseline(self, found, key):
+        """The uncompressed model (of this key) measured where ``found`` was; one from elsewhere comes without its times."""
         same = self.store.get(replace(key, machine=found.key.machine, versions=found.key.versions))
         if same is not None:
             return same
@@ -218,7 +225,7 @@ class Panel(Live):
 
     def _draw(self, method, baseline, current, found, moved) -> None:
         """``found`` is the store's row, None for a measurement made just now."""
-        origin = words.source(found, self._key(None).machine, current.label)
+        origin = words.source(found, machine(), current.label)
         ask = words.question(method, moved, self._upward)
         self.view = view(method, baseline, current, self._shown, origin, ask)
         self.error = None
