@@ -22,7 +22,7 @@ CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evalua
 
 
 def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
-    """Evaluation windows, LongTensor (windows, length): the first ones, or for "prose" spread over all the essays.
+    """Evaluation windows, LongTensor (windows, length), spread evenly over the text: neighbours would be alike.
 
     ``source``: "manual" (the default: the last part of the manual of Python 3.11.7), "prose" (essays written for this project),
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
@@ -34,7 +34,7 @@ def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Te
         ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
     else:
         ids = _encode(lm, _read(source))
-    return _cut(ids, windows, length, str(source), spread=source == "prose")
+    return _cut(ids, windows, length, str(source))
 
 
 def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source="mixed", progress: bool = True):
@@ -120,8 +120,8 @@ def _check_source(source) -> None:
         raise ValueError(f"source = {brief(source)} is not allowed: it must be a corpus or the path of a text file.")
 
 
-def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
-    """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
+def _cut(ids: torch.Tensor, windows: int, length: int, source: str) -> torch.Tensor:
+    """``windows`` windows spread evenly over ``ids``; none overlaps another."""
     check_size(windows, length)
     available = len(ids) // length
     if available < windows:
@@ -129,7 +129,7 @@ def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool
             f"{source!r} has {len(ids)} tokens: too short for {windows} windows of {length}. "
             "Ask for fewer or shorter windows, or name a longer text."
         )
-    starts = [(i * available // windows if spread else i) * length for i in range(windows)]
+    starts = [i * available // windows * length for i in range(windows)]
     return torch.stack([ids[s : s + length] for s in starts])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from labkit import heap
+from labkit import coverage, heap
 from labkit.measure import memory, roofline, timing
 from labkit.measure.latency import engine_latency
 from labkit.measure.latency import latency as _latency
@@ -73,12 +73,14 @@ def measure(
         quality=found,
         memory=Memory(
             weights=lm.nbytes,
-            linears=sum(memory.held(m) for m in memory.linear_layers(lm)),
-            bits_per_weight=memory.bits_per_weight(lm),
+            linears=coverage.nbytes(lm),
+            bits_per_weight=coverage.bits_per_weight(lm),
             kv_bytes=cached,
             kv_tokens=tokens,
             peak=peak.bytes,
             engine=None if graph is None else graph.nbytes,
+            compressed=lm.coverage.share,
+            left=lm.coverage.left,
             bits_before=8 * (lm if against is None else against).model.dtype.itemsize,
         ),
         latency=eager,

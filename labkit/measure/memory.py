@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from labkit import cache
+from labkit.coverage import bits_per_weight  # noqa: F401  (of the same family as what is here)
 from labkit.walk import blocks, is_linear
 
 KV_TOKENS = 1000  # the length at which a cache is weighed
@@ -25,19 +26,6 @@ def held(module: torch.nn.Module) -> int:
 def linear_layers(lm) -> list[torch.nn.Module]:
     """The decoder's linear layers, which compression is about (the embedding and the head are not among them)."""
     return [m for m in blocks(lm.model).modules() if is_linear(m)]
-
-
-def bits_per_weight(lm) -> float:
-    """Stored bits per weight of the decoder's linear layers: codes, scales and zeros; biases and runtime copies apart."""
-    bits = weights = 0
-    for layer in linear_layers(lm):
-        if hasattr(layer, "stored_nbytes"):
-            bits += 8 * layer.stored_nbytes
-            weights += layer.in_features * layer.out_features
-        else:
-            bits += 8 * layer.weight.numel() * layer.weight.element_size()
-            weights += layer.weight.numel()
-    return bits / weights
 
 
 def kv_per_token(lm, tokens: int | None = None) -> int:
