@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.measure import timing
+from labkit.measure import busy, timing
 from labkit.progress import Cancelled, listen
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -44,6 +44,9 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     fake = Clock()
     monkeypatch.setattr(timing, "_now", fake)
+    monkeypatch.setattr(timing, "_sleep", lambda seconds: None)
+    monkeypatch.setattr(busy, "machine_seconds", lambda: None)  # real neighbours mean nothing to it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return fake
 
 

@@ -93,8 +93,8 @@ def machine_seconds() -> float | None:
         mine = {f"cpu{n}" for n in os.sched_getaffinity(0)}
         lines = [line.split() for line in (_PROC / "stat").read_text().splitlines()]
         ticks = [[int(t) for t in line[1:9]] for line in lines if line and line[0] in mine]
-        # user, nice, system, idle, iowait, irq, softirq, steal
-        return sum(sum(t) - t[3] - t[4] for t in ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+        if ticks:  # user, nice, system, idle, iowait, irq, softirq, steal
+            return sum(sum(t) - t[3] - t[4] for t in ticks) / os.sysconf("SC_CLK_TCK")
     except (AttributeError, OSError, ValueError, IndexError):
         pass
     try:
@@ -102,7 +102,7 @@ def machine_seconds() -> float | None:
 
         times = psutil.cpu_times()
         return float(times.user + times.system + getattr(times, "nice", 0.0))
-    except (ImportError, OSError, RuntimeError):  # psutil.Error is a plain Exception, but cpu_times asks of no process
+    except (ImportError, OSError, RuntimeError):
         return None
 
 
