@@ -59,10 +59,7 @@ class Choice:
     @property
     def settled(self) -> bool:
         """Whether it need not be measured again."""
-        try:
-            age = date.today() - date.fromisoformat(self.when)
-        except ValueError:
-            return False
+        age = date.today() - date.fromisoformat(self.when)
         return timedelta(0) <= age < OLD and (self.choice == self.default or self.agreed >= 2)
 
     def __str__(self) -> str:
@@ -288,8 +285,11 @@ def _choice(row) -> Choice | None:
 
     if not isinstance(row, dict) or set(row) != {f.name for f in fields(Choice)} or not isinstance(row["ms"], dict):
         return None
-    good = isinstance(row["what"], str) and isinstance(row["when"], str)
-    good = good and whole(row["nbytes"], 1) and whole(row["agreed"], 1)
+    try:
+        date.fromisoformat(row["when"])
+    except (ValueError, TypeError):
+        return None
+    good = isinstance(row["what"], str) and whole(row["nbytes"], 1) and whole(row["agreed"], 1)
     good = good and all(row[name] is None or whole(row[name], 1) for name in ("choice", "default"))
     good = good and all(isinstance(t, (int, float)) and not isinstance(t, bool) and t >= 0 for t in row["ms"].values())
     return Choice(**row) if good else None
