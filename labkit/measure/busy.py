@@ -48,10 +48,11 @@ class Watch:
         """Since it was made."""
         return _now() - self._start
 
-    def share(self, own: bool = False) -> float | None:
+    def share(self, own: bool = False, children: float = 0.0) -> float | None:
         """The share of the cores that others took since, from 0 to 1; None where the system does not say.
 
-        ``own``: this process counts as well, for one who waits in it.
+        ``own``: this process counts as well, for one who waits in it. ``children``: CPU seconds of other processes that
+        worked for this one.
         """
         seconds, machine = self.seconds, machine_seconds()
         if self._machine is None or machine is None or seconds <= 0:
@@ -59,7 +60,7 @@ class Watch:
         used, mine = machine - self._machine, time.process_time() - self._own
         if used < mine / 2 - RESOLUTION:  # counters that stand still, as in some sandboxes
             return None
-        mine = 0.0 if own else mine
+        mine = 0.0 if own else mine + children
         room = available()
         taken = used - mine - (cores() - room) * seconds
         group = _group_seconds()
