@@ -5,8 +5,8 @@
 
 Each notebook runs in a process of its own, under a timeout per cell and one for all of it, with LABKIT_STATIC=1. What
 ``labkit.record`` wrote into it is compared with ``tests/baselines/<notebook>.json``; the time and the peak memory of the
-process and its kernel are held against a budget: see :attr:`Result.alone` for what time means on a busy machine. Reports are on disk after every notebook, so an interrupt
-loses only the one in flight.
+process and its kernel are held against a budget: see :attr:`Result.alone` for what time means on a busy machine.
+Reports are on disk after every notebook, so an interrupt loses only the one in flight.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Result:
 
     name: str
     seconds: float = 0.0
-    cpu: float = 0.0  # CPU seconds of papermill, the kernel and what they started
-    busy: float | None = None  # share of the cores that others took meanwhile; None: the system does not say
     peak: int = 0  # bytes: the resident sets of papermill, the kernel and what they started, together
     metrics: list[Metric] = field(default_factory=list)
     error: str = ""  # what stopped the notebook, with the cell's number
     timed_out: bool = False
     over: list[str] = field(default_factory=list)  # budgets exceeded, in words
     executed: Path | None = None
+    cpu: float = 0.0  # CPU seconds of papermill, the kernel and what they started
+    busy: float | None = None  # share of the cores that others took meanwhile; None: the system does not say
 
     @property
     def alone(self) -> float:

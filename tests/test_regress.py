@@ -102,7 +102,7 @@ def test_cpu_seconds_are_those_of_the_kernel_and_what_it_starts(tmp_path, go):
     path = notebook(
         tmp_path / "burning.ipynb",
         burn,
-        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r} + '; time.sleep(1)'], check=True)",
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r} + '\\ntime.sleep(1)'], check=True)",
         "import time; time.sleep(1)",
     )
     (result,) = go(path).results
