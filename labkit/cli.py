@@ -743,7 +743,7 @@ def _regress_parser(subparsers) -> Parser:
     )
     parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="the parameter PROFILE (quick)")
     parser.add_argument(
-        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 600, full 1800)"
+        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 1500, full 3600)"
     )
     parser.add_argument("--cell-timeout", type=_above_zero, metavar="S", help="seconds for a cell (half of --timeout)")
     parser.add_argument("--max-seconds", type=_above_zero, metavar="S", help="budget of time (quick 90, full 360)")

@@ -49,7 +49,8 @@ def alone(what: str, timeout: float | None = None) -> Iterator[None]:
 
     A thread that holds it already goes on at once, so calls nest. Waiting is said after three seconds, on stderr or to
     the listener of :func:`labkit.progress.listen`, who may cancel it; those who wait are served in turn.
-    Where the cache folder cannot be written to, it holds within this process alone.
+    Where the cache folder cannot be written to, it holds within this process alone. Take it before any lock of your own
+    that a background worker's job takes too: the worker holds this one already.
 
     Parameters
     ----------

@@ -80,10 +80,15 @@ class Bench:
         """Each model's pass of ``batch`` sequences: a decode step, or a prefill of ``PROMPT`` tokens."""
         if phase not in PHASES:
             raise ValueError(f"phase = {phase!r} is not allowed: it must be one of {', '.join(PHASES)}.")
-        with self._lock:
-            if self.untimed(phase, batch):
-                self._known[phase, batch] = self._time(phase, batch)
-            return self._known[phase, batch]
+        found = self._known.get((phase, batch))
+        if found is None:
+            with (
+                timing.alone(f"{phase} at batch {batch}"),
+                self._lock,
+            ):  # in this order: a slider's worker holds the first
+                found = self._known.get((phase, batch)) or self._time(phase, batch)
+                self._known[phase, batch] = found
+        return found
 
     def forget(self) -> None:
         """Drop what was timed: each pass is timed anew when it is next asked for."""
