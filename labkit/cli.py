@@ -744,7 +744,7 @@ def _regress_parser(subparsers) -> Parser:
     )
     parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="the parameter PROFILE (quick)")
     parser.add_argument(
-        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 600, full 1800)"
+        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 1500, full 3600)"
     )
     parser.add_argument("--cell-timeout", type=_above_zero, metavar="S", help="seconds for a cell (half of --timeout)")
     parser.add_argument("--max-seconds", type=_above_zero, metavar="S", help="budget of time (quick 90, full 360)")
@@ -826,13 +826,24 @@ def _doctor_parser(subparsers) -> Parser:
         "doctor",
         _run_doctor,
         "Look at this machine and say what works, what does not, and what to do. Exit code 1 where something must be done.",
-        "labkit doctor\nlabkit doctor --no-network",
+        "labkit doctor\nlabkit doctor --no-network\nlabkit doctor --forget-choices   # measure the engine's threads again",
     )
     parser.add_argument("--no-network", dest="network", action="store_false", help="do not ask whether the hub answers")
+    parser.add_argument(
+        "--forget-choices",
+        action="store_true",
+        help="only throw away what was measured once for the engine: how many threads, and which prompts with dense weights",
+    )
     return parser
 
 
 def _run_doctor(options) -> int:
+    if options.forget_choices:
+        from labkit.engine import threads
+
+        count = threads.forget()
+        print(f"{count} choice{'s' * (count != 1)} forgotten; the next model that is compiled is measured again.")
+        return 0
     from labkit import doctor
 
     found = doctor.report(network=options.network)

@@ -471,6 +471,15 @@ def _extra(group: str, *flags: str) -> str:
     return command.replace("pip install", " ".join(["pip install", *flags]))
 
 
+def engine() -> Iterator[Line]:
+    """What was measured once for models as one graph, and is used since."""
+    from labkit.engine import threads
+
+    known = [str(choice) for choice in threads.choices()]
+    nothing = "nothing is remembered: threads are measured when a model is first compiled"
+    yield Line("engine", OK, "; ".join(known) or nothing)
+
+
 def store() -> Iterator[Line]:
     from labkit.results import Store, StoreError
 
@@ -566,6 +575,7 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
     "model": model,
     "texts": texts,
     "kernels": kernels,
+    "engine": engine,
     "results": store,
     "shipped results": shipped_rows,
     "notebooks": lab,

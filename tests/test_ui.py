@@ -419,17 +419,17 @@ def test_a_start_between_two_positions_is_added():
 
 
 def test_latest_wins_and_nothing_else_is_told():
-    worker, told = Latest(wait=0.05, exclusive=False), []
+    worker, told = Latest(wait=1.0, exclusive=False), []  # long beside five submits, also on a busy machine
     for i in range(5):
         worker.submit(lambda i=i: i, told.append, told.append)
-    assert worker.join(5) and told == [4]
+    assert worker.join(60) and told == [4]
 
 
 def test_cancel_stops_a_running_job_at_its_next_step():
     worker, steps, told = Latest(wait=0.0), [], []
 
     def job():
-        for i in track(range(1000), "counting"):
+        for i in track(range(100_000), "counting"):
             steps.append(i)
             time.sleep(0.005)
 
@@ -437,8 +437,8 @@ def test_cancel_stops_a_running_job_at_its_next_step():
     while len(steps) < 3:
         time.sleep(0.005)
     worker.cancel()
-    assert worker.join(5) and not worker.busy
-    assert len(steps) < 900 and told == []
+    assert worker.join(60) and not worker.busy
+    assert len(steps) < 100_000 and told == []
 
 
 def test_two_measurements_never_overlap():
@@ -453,7 +453,7 @@ def test_two_measurements_never_overlap():
     workers = [Latest(wait=0.0) for _ in range(3)]
     for w in workers:
         w.submit(job, lambda _: None, lambda e: None)
-    assert all(w.join(5) for w in workers) and most == [1]
+    assert all(w.join(60) for w in workers) and most == [1]
 
 
 def test_errors_are_explained():
@@ -547,7 +547,7 @@ def test_a_miss_is_measured_and_kept(make, bench, store):
         time.sleep(0.01)
     assert 0 <= panel.bar.value < 1
     bench.gate.set()
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "At 2 bits" in panel.sentence.value and "Measured just now" in panel.status.value
     assert panel.working.layout.display == "none" and bench.calls == [2]
     assert store.get(Key.of(Model(), Round(bits=2), HASHES)) == made(2)
@@ -561,17 +561,17 @@ def test_the_store_answers_while_something_is_measured(make, bench, store):
         time.sleep(0.01)
     panel.controls["bits"].value = 3
     assert "At 3 bits" in panel.sentence.value and panel.working.layout.display == "none"
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "At 3 bits" in panel.sentence.value
     assert store.get(Key.of(Model(), Round(bits=2), HASHES)) is None
 
 
 def test_only_the_last_of_several_moves_is_measured(make, bench):
     panel = make()
-    panel.worker.wait = 0.2
+    panel.worker.wait = 1.0
     for bits in (5, 6, 2):
         panel.controls["bits"].value = bits
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert bench.calls == [2] and "At 2 bits" in panel.sentence.value
 
 
@@ -584,17 +584,17 @@ def test_cancel_keeps_the_figures_and_offers_to_measure(make, bench):
         time.sleep(0.01)
     panel.cancel_button.click()
     assert panel.sentence.value.count("Cancelled: 2 bits") == 1 and "still show 4 bits" in panel.sentence.value
-    assert panel.worker.join(10) and shown(panel) == figures
+    assert panel.worker.join(60) and shown(panel) == figures
     assert panel.measure_button.layout.display is None
     bench.gate.set()
     panel.measure_button.click()
-    assert panel.worker.join(10) and "At 2 bits" in panel.sentence.value
+    assert panel.worker.join(60) and "At 2 bits" in panel.sentence.value
 
 
 def test_an_error_is_one_sentence(make):
     panel = make()
     panel.controls["bits"].value = 7
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "bits = 7 does not divide anything here" in panel.sentence.value and "labkit-error" in panel.sentence.value
     assert isinstance(panel.error, ValueError) and panel.working.layout.display == "none"
     panel.controls["bits"].value = 8
@@ -623,7 +623,7 @@ def test_rows_from_another_machine_say_so_and_can_be_measured_here(store, bench)
     assert shown(panel)[2]["data"][0]["y"] == [800.0]  # both from there: comparable
     assert panel.measure_button.layout.display is None
     panel.measure_button.click()
-    assert panel.worker.join(10) and bench.calls == [None, 4]
+    assert panel.worker.join(60) and bench.calls == [None, 4]
     assert "Measured here." in panel.status.value and panel.measure_button.layout.display == "none"
 
 
@@ -650,7 +650,7 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
     monkeypatch.setattr(sys.modules["labkit.sweep"], "text_hashes", hashes)
     monkeypatch.setattr(sys.modules["labkit.measure"], "measure", measure)
     widget = panel(Round, Model(), store, texts=("manual",), windows=3, length=128, latency=False, bits=8)
-    assert widget.worker.join(10) and "At 8 bits" in widget.sentence.value
+    assert widget.worker.join(60) and "At 8 bits" in widget.sentence.value
     how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False}
     assert asked == [(("manual",), 3, 128), how, how]
 
@@ -664,7 +664,7 @@ def test_a_bad_start_is_refused(store, bench):
 
 def test_without_latency_nothing_is_timed(store, bench):
     panel = Panel(Round, Model(), store, {"latency": False}, measure=bench, hashes=HASHES)
-    assert panel.worker.join(10) and "Latency was not measured." in panel.sentence.value
+    assert panel.worker.join(60) and "Latency was not measured." in panel.sentence.value
     timed = Panel(Round, Model(), store, measure=bench, hashes=HASHES)  # the rows are there, but without times
     assert "Latency was not measured." in timed.sentence.value and timed.measure_button.layout.display is None
 
@@ -721,13 +721,13 @@ def test_explore_runs_a_pure_function():
     box = explore(curve, start={"batch": 2}, help={"batch": "sequences"}, batch=[1, 2, 4, 16], log=False)
     assert box.figures[0].data[0].y == (2, 4) and "Batch 2." in box.sentence.value
     box.controls["batch"].value = 4
-    assert box.worker.join(5)
+    assert box.worker.join(60)
     assert box.figures[0].data[0].y == (4, 8) and shown(box)[0]["data"][0]["y"] == [4, 8]
     assert box.last_answer_ms > 0
     box.controls["log"].value = True
-    assert box.worker.join(5) and box.figures[0].layout.yaxis.type == "log"
+    assert box.worker.join(60) and box.figures[0].layout.yaxis.type == "log"
     box.controls["batch"].value = 16
-    assert box.worker.join(5)
+    assert box.worker.join(60)
     assert "batch = 16 is too many." in box.sentence.value and box.figures[0].data[0].y == (4, 8)
 
 
@@ -743,7 +743,7 @@ def test_explore_takes_views_knobs_mappings_and_lists():
     assert names == ["ToggleButtons", "SelectionSlider", "SelectionSlider", "Checkbox"]
     assert len(box.figures) == 3 and "<table" in box.table.value
     controls.write(box.controls["which"], None)
-    assert box.values() == {"method": "RTN", "bits": 4, "which": None, "group": True} and box.worker.join(5)
+    assert box.values() == {"method": "RTN", "bits": 4, "which": None, "group": True} and box.worker.join(60)
 
 
 def test_explore_refuses_what_it_cannot_show():

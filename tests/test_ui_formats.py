@@ -167,10 +167,10 @@ def test_a_remembered_format_answers_at_once(lm):
     r.view("int", 4, 64, kind, 0, 0, 0)
     took = []
     for row in range(8):
-        start = time.perf_counter()
+        start = time.process_time()  # CPU seconds: what else runs here does not count
         r.view("int", 4, 64, kind, 0, row, 64 * row)
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.1  # the best of several: other programs may be busy
+        took.append(time.process_time() - start)
+    assert min(took) < 0.1
 
 
 # ------------------------------------------------------------------------------------------------ trade-off

@@ -18,7 +18,6 @@ from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
 from labkit.engine.graph import DenseGraph, build
-from labkit.measure.machine import cores
 from labkit.paths import cache
 
 PREFILLS = ("packed", "dense", "auto")
@@ -38,8 +37,9 @@ def compile(
     """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
 
     ``context``: the most tokens, prompt and answer together. ``head_bits``, ``embedding_bits``: 8, 4 or None (fp32) for
-    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here. On a
-    GPU it is a :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
+    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here
+    (:mod:`labkit.engine.threads`; ``CompiledModel.threads`` is what was taken). On a GPU it is a
+    :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
     ``prefill``: "packed" reads prompts with the weights that decode; "dense" also holds them as fp32, for prompts that are
     long enough; "auto" measures whether and from how many tokens on that is faster here, and else lets go of them.
     ``kv_bits``: 8 or 4 keep the KV cache as codes, for long texts: a step reads a quarter or an eighth of it, while a
@@ -82,7 +82,7 @@ def read_densely(model: CompiledModel, decoder, head_bits, embedding_bits, kv, m
     """Give a model a second graph, of dense weights, for prompts. ``measured``: only from where, and if, it is faster."""
     with _scratch() as folder:
         graph = build(decoder, folder, model.context, head_bits, embedding_bits, DenseGraph, kv)
-        session = _open(folder / "model.onnx", cores())
+        session = _open(folder / "model.onnx", policy.cores())
     least = 2
     if measured:
         least = policy.crossover(model, session, graph.weights.nbytes)
