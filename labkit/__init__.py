@@ -4,6 +4,7 @@ from labkit import export, text
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM
 from labkit.cache.sharing import FewerKVHeads
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
+from labkit.measure.paired import compare
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
 from labkit.prune import Magnitude, SparseGPT, Wanda
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "Store",
     "check",
+    "compare",
     "compile",
     "divergence",
     "export",

@@ -73,7 +73,13 @@ def measurement(n=0, latency=True) -> Measurement:
     quality = {"manual": Quality(10.5 + n, 0.5, 4096, 0.25, 0.01, 0.875, 0.002), "prose": Quality(20.0, 1.0, 4096)}
     speed = Latency(100.0, 2.0, 512, 8.5, 0.5, 2, None, 2.5) if latency else None
     return Measurement(
-        "tiny", f"Round(bits={n})", quality, Memory(1000 + n, 800, 4.5, 96), speed, "cpu", texts={"manual": "ab"}
+        "tiny",
+        f"Round(bits={n})",
+        quality,
+        Memory(1000 + n, 800, 4.5, 96_000, 1000),
+        speed,
+        "cpu",
+        texts={"manual": "ab"},
     )
 
 
