@@ -239,7 +239,7 @@ def test_kl_as_run_stands_beside_kl():
         "as run by one graph, with activations rounded to 8 bits too, KL is 0.40 on the manual and 0.80 on"
         in v.sentence
     )
-    assert [t.name for t in v.accuracy.data] == ["uncompressed", "compressed", "compressed", "compressed, as run"]
+    assert [t.name for t in v.accuracy.data] == ["uncompressed", "compressed", "compressed", "as run"]
     assert v.accuracy.data[3].y == (0.4, 0.8) and v.accuracy.data[3].error_y.array == (0.02, 0.04)
     table = rows_of(v.table)
     assert table["KL on manual"][1] == "0.3000 ± 0.0150" and table["KL as run on manual"][1] == "0.4000 ± 0.0200"

@@ -15,7 +15,7 @@ from labkit.ui.theme import axis, layout
 
 go = need("plotly.graph_objects")
 
-BASE, NOW, RUN = "uncompressed", "compressed", "compressed, as run"
+BASE, NOW, RUN = "uncompressed", "compressed", "as run"
 WAYS = {"latency": "eager", "engine": "one graph"}  # a Measurement's two latencies
 LENGTH = {"prefill": "prefill_tokens", "decode": "context"}  # what a phase's time depends on
 
@@ -119,9 +119,9 @@ def accuracy(baseline, current=None) -> go.Figure:
         layout(
             "Accuracy",
             barmode="group",
-            xaxis=axis(showgrid=False, domain=[0, 0.46]),
+            xaxis=axis(showgrid=False, domain=[0, 0.4]),
             yaxis=axis("perplexity", log, range=span),
-            xaxis2=axis(showgrid=False, domain=[0.62, 1], anchor="y2"),
+            xaxis2=axis(showgrid=False, domain=[0.6, 1], anchor="y2"),
             yaxis2=axis("KL, nats per token", anchor="x2", range=[0, max([0.5, *(1.25 * k for k in divergences)])]),
         ),
     )
@@ -146,14 +146,14 @@ def memory(baseline, current=None) -> go.Figure:
         for label, color, part in parts
     ]
     totals = [m and sum(part(m) for _, _, part in parts) / 1e6 for m in held]
-    before = baseline.memory.bits_before
-    if before > 16:
-        half = totals[0] * 16 / before
+    high = 1.18 * max(t for t in totals if t is not None)
+    half = totals[0] * 16 / baseline.memory.bits_before
+    if baseline.memory.bits_before > 16:
         line = {"type": "scatter", "mode": "lines", "line": {"color": theme.VERMILION, "dash": "dash", "width": 1.5}}
         hover = "uncompressed in 16 bits: %{y:.1f} MB<extra>modelled</extra>"
         data.append(line | {"name": "in 16 bits", "x": names, "y": [half, half], "hovertemplate": hover})
-    high = 1.18 * max(t for t in totals if t is not None)
-    notes = [_note(n, t, f"{words.short(t)} MB") for n, t in zip(names, totals) if t is not None]
+    tops = [t and (half if t <= half < t + 0.1 * high else t) for t in totals]  # the line does not cross out a label
+    notes = [_note(n, at, f"{words.short(t)} MB") for n, at, t in zip(names, tops, totals) if t is not None]
     cached = f"MB, with a KV cache of {lengths.pop():,} tokens" if same else "MB of weights, without any cache"
     return go.Figure(
         data,
@@ -201,7 +201,9 @@ def latency(baseline, current=None) -> go.Figure:
             xaxis=axis("prefill" if len(ways) > 1 else "", showgrid=False, domain=[0, 0.36]),
             yaxis=axis(f"ms for {first.prefill_tokens:,} tokens" if first else "ms", range=[0, tops[0]]),
             xaxis2=axis("decode" if len(ways) > 1 else "", showgrid=False, domain=[0.62, 1], anchor="y2"),
-            yaxis2=axis(f"ms per token after {first.context:,}" if first else "ms", anchor="x2", range=[0, tops[1]]),
+            yaxis2=axis(
+                f"ms per token, after {first.context:,} tokens" if first else "ms", anchor="x2", range=[0, tops[1]]
+            ),
             annotations=notes,
         ),
     )
