@@ -10,11 +10,13 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+import labkit
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.measure.roofline import Accelerator, Roofline
 from labkit.method import Knob, Method, Recipe, knob
@@ -64,6 +66,7 @@ class Evict(Method):
 
 class Model:
     name, fingerprint = "tiny", "f" * 16
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, bits=None):
         self.bits = bits
@@ -807,8 +810,8 @@ def test_times_of_two_machines_are_never_drawn_side_by_side(store, bench):
 def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatch):
     asked = []
 
-    def hashes(lm, texts, windows, length):
-        asked.append((texts, windows, length))
+    def hashes(lm, texts, windows, length, prompt):
+        asked.append((texts, windows, length, prompt))
         return HASHES
 
     def measure(lm, against=None, **how):
@@ -819,8 +822,24 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
     monkeypatch.setattr(sys.modules["labkit.measure"], "measure", measure)
     widget = panel(Round, Model(), store, texts=("manual",), windows=3, length=128, latency=False, bits=8)
     assert widget.worker.join(10) and "At 8 bits" in widget.sentence.value
-    how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False}
-    assert asked == [(("manual",), 3, 128), how, how]
+    how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False, "prompt": 0}
+    assert asked == [(("manual",), 3, 128, 0), how, how]
+
+
+def test_a_panel_of_a_cache_method_reads_texts_that_are_long_enough(store, monkeypatch):
+    """And the uncompressed model is scored on the same tokens: those after the prompt."""
+    asked = []
+    monkeypatch.setattr(
+        sys.modules["labkit.sweep"], "text_hashes", lambda lm, texts, **how: asked.append(how) or HASHES
+    )
+    monkeypatch.setattr(
+        sys.modules["labkit.measure"], "measure", lambda lm, against=None, **how: asked.append(how) or made()
+    )
+    monkeypatch.setattr(labkit.SnapKV, "__call__", lambda method, lm, calib=None: lm)
+    widget = panel(labkit.SnapKV, Model(), store, latency=False)
+    assert widget.worker.join(10) and widget.error is None
+    long = {"windows": 4, "length": 1024, "prompt": 512}
+    assert asked == [long, *[{"texts": ("manual", "prose"), "latency": False} | long] * 2]
 
 
 def test_a_bad_start_is_refused(store, bench):

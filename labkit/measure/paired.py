@@ -91,7 +91,7 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 def between(a: Measurement, b: Measurement, text: str, what: str = "kl") -> Paired:
     """:func:`paired` for one text of two measurements; where they are not comparable, "cannot tell" and why.
 
-    The uncompressed model's own KL is 0 on every token.
+    The uncompressed model's own KL is 0 on every token; as run it has one, since its graph's head has 8 bits.
     """
     first, second = a.quality.get(text), b.quality.get(text)
     if first is None or second is None:
@@ -101,7 +101,7 @@ def between(a: Measurement, b: Measurement, text: str, what: str = "kl") -> Pair
     if what.startswith("kl"):
         if a.model != b.model:
             return _unknown("another reference")
-        if a.method == "uncompressed" and what in second.per_window:
+        if a.method == "uncompressed" and what not in first.per_window and what in second.per_window:
             zeros = {what: [0.0] * len(second.per_window[what])}
             first = replace(first, tokens=second.tokens, per_window=zeros)
     if why := _unlike(first, second, what):
