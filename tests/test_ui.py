@@ -66,7 +66,7 @@ class Evict(Method):
 
 class Model:
     name, fingerprint = "tiny", "f" * 16
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=2048))
+    model = SimpleNamespace(modules=list, config=SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, bits=None):
         self.bits = bits
@@ -808,6 +808,7 @@ def test_times_of_two_machines_are_never_drawn_side_by_side(store, bench):
 
 
 def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatch):
+    pytest.importorskip("labkit.measure.reading")
     asked = []
 
     def hashes(lm, texts, windows, length, prompt):
@@ -828,6 +829,7 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
 
 def test_a_panel_of_a_cache_method_reads_texts_that_are_long_enough(store, monkeypatch):
     """And the uncompressed model is scored on the same tokens: those after the prompt."""
+    pytest.importorskip("labkit.measure.reading")
     asked = []
     monkeypatch.setattr(
         sys.modules["labkit.sweep"], "text_hashes", lambda lm, texts, **how: asked.append(how) or HASHES
