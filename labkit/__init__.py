@@ -5,6 +5,7 @@ from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, St
 from labkit.cache.sharing import FewerKVHeads
 from labkit.coverage import LeftUncompressed
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
+from labkit.measure.paired import compare
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
 from labkit.prune import Magnitude, SparseGPT, Wanda
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "Store",
     "check",
+    "compare",
     "compile",
     "divergence",
     "export",

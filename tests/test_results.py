@@ -71,10 +71,17 @@ def key(n=0, **change) -> Key:
 
 
 def measurement(n=0, latency=True) -> Measurement:
-    quality = {"manual": Quality(10.5 + n, 0.5, 4096, 0.25, 0.01, 0.875, 0.002), "prose": Quality(20.0, 1.0, 4096)}
+    manual = Quality(10.5 + n, 0.5, 4096, 0.25, 0.01, 0.875, 0.002, per_window={"kl": [0.2, 0.3]})
+    quality = {"manual": manual, "prose": Quality(20.0, 1.0, 4096)}
     speed = Latency(100.0, 2.0, 512, 8.5, 0.5, 2, None, 2.5) if latency else None
     return Measurement(
-        "tiny", f"Round(bits={n})", quality, Memory(1000 + n, 800, 4.5, 96, 1000), speed, "cpu", texts={"manual": "ab"}
+        "tiny",
+        f"Round(bits={n})",
+        quality,
+        Memory(1000 + n, 800, 4.5, 96_000, 1000),
+        speed,
+        "cpu",
+        texts={"manual": "ab"},
     )
 
 
@@ -171,6 +178,7 @@ def test_rows_are_flat_and_picked_by_column(store):
     assert three["model"] == "tiny@0123" and three["shipped"] is False and three["when"].endswith("+00:00")
     assert four["latency"] is None and recipe["repr"] == "Round(bits=5)" and "knobs.bits" not in recipe
     assert not any(isinstance(value, dict) for row in (three, four, recipe) for value in row.values())
+    assert three["quality.manual.per_window.kl"] == [0.2, 0.3] and three["memory.left"] == []
     assert [r["repr"] for r in store.rows(method="Fit", calib="cc")] == ["Round(bits=4)"]
     assert store.rows(shipped=True) == [] and len(store.rows(shipped=False)) == 3
     with pytest.raises(ValueError, match=r"'bits' is not a column to pick rows by: use model, .* or shipped"):

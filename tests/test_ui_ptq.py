@@ -247,6 +247,15 @@ def test_the_picture_draws_the_rows_and_says_what_is_on_the_front():
     assert list(figure.data[0].x) == [50.0] and list(figure.data[0].y) == [0.2]
     assert list(figure.data[2].y) == [0.2, 0.002]
     assert text.startswith("3 settings on the prose") and "GPTQ 1 time and RTN 1 time" in text
+    assert text.endswith("2 of its 2 settings are on the manual's front too.")
+    assert "27 % of 16" in figure.data[0].hovertext[0]
+
+
+def test_a_front_that_holds_on_one_text_only_says_so():
+    rows = [row(), row("RTN", kl=0.3, **{"quality.prose.kl": 0.05}), row("RTN", bits=8, linears=90e6, kl=0.001)]
+    assert [r["method"] for r in front.on_front(rows, "manual")] == ["GPTQ", "RTN"]
+    assert [r["quality.prose.kl"] for r in front.on_front(rows, "prose")] == [0.05, 0.002]
+    assert front.picture(rows, "manual")[1].endswith("1 of its 2 settings are on the prose's front too.")
 
 
 def test_an_empty_store_is_said_plainly(tmp_path, tiny_lm):

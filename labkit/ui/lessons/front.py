@@ -1,7 +1,7 @@
 """Bits against quality, from the store: every row of a model, KL against bytes that are really held, and the Pareto front.
 
 rows = stored(lm)                          # what the store has of this model, shipped rows included
-explore(lambda text: picture(rows, text), text=["manual", "prose"])
+explore(lambda text: picture(rows, text), text=["prose", "manual"])
 calibrations(rows, sources(lm))            # the same method, fed differently
 """
 
@@ -21,6 +21,7 @@ from labkit.ui.theme import axis, layout
 go = need("plotly.graph_objects")
 
 SOURCES = ("manual", "self", "mixed")
+TEXTS = ("prose", "manual")  # the one unlike the calibration leads
 MARKS = (*theme.SERIES, "#555555", "#f0e442")
 
 
@@ -49,8 +50,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, str]:
-    """KL on one text against the bytes of the linear layers, one colour for each method; and what is on the front."""
+def picture(rows: Sequence[Mapping], text: str = "prose") -> tuple[go.Figure, str]:
+    """KL on one text against the bytes of the linear layers, one colour for each method; and what is on the front.
+
+    The front is picked on the text that it is drawn for, so its settings look a little better than they are; how many of
+    them are on the other text's front too is said.
+    """
     rows = [r for r in rows if r.get(f"quality.{text}.kl") is not None]
     if not rows:
         return _empty("KL against bytes"), _NONE
@@ -90,12 +95,25 @@ def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, s
             yaxis=axis("KL, nats per token", True),
         ),
     )
-    on = [r["method"] for x, y in best for r in rows if (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) == (x, y)]
-    counts = [f"{name} {n} time{'s' * (n != 1)}" for name, n in Counter(on).items()]
-    return figure, (
+    on = on_front(rows, text)
+    counts = [f"{name} {n} time{'s' * (n != 1)}" for name, n in Counter(r["method"] for r in on).items()]
+    said = (
         f"{len(rows)} settings on {words.the(text)}. On the front, where no other is both smaller and better: "
         f"{words.listed(counts)}."
     )
+    second = next((t for t in TEXTS if t != text and all(r.get(f"quality.{t}.kl") is not None for r in rows)), None)
+    if second is not None:
+        elsewhere = on_front(rows, second)
+        both = sum(any(r is other for other in elsewhere) for r in on)
+        said += f" The front is picked on this text; {both} of its {len(on)} settings are on {words.the(second)}'s front too."
+    return figure, said
+
+
+def on_front(rows: Sequence[Mapping], text: str) -> list[Mapping]:
+    """The rows that are on the front of this text, from few bytes to many."""
+    point = {id(r): (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) for r in rows}
+    best = front(list(point.values()))
+    return sorted((r for r in rows if point[id(r)] in best), key=lambda r: point[id(r)])
 
 
 def sources(lm, windows: int = 32, length: int = 512, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, str]:
@@ -176,8 +194,9 @@ def _one(by: Mapping[str, list]) -> Mapping:
 
 
 def _hover(row: Mapping, which: str) -> str:
+    bits = row["memory.bits_per_weight"]
     return (
-        f"{row['repr']}<br>{row['memory.bits_per_weight']:.2f} bits per weight, "
+        f"{row['repr']}<br>{bits:.2f} bits per weight, {words.percent(bits / 16)} of 16, "
         f"KL {row[f'quality.{which}.kl']:.4f} ± {row.get(f'quality.{which}.kl_se') or 0:.4f}"
     )
 
