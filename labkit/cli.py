@@ -17,6 +17,8 @@ import textwrap
 import warnings
 from pathlib import Path
 
+from labkit import install
+
 OVERVIEW = """\
 commands:
   methods    every technique and its knobs
@@ -230,22 +232,13 @@ def _parser(knobs: str = "") -> Parser:
         epilog=OVERVIEW,
         usage="labkit COMMAND ...",
     )
-    parser.add_argument("--version", action="version", version=f"labkit {_version()}")
+    parser.add_argument("--version", action="version", version=f"labkit {install.version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, required=True)
     for name, make in _commands().items():
         made = make(subparsers)
         if knobs and name in TAKES_METHODS:
             made.epilog = f"{knobs}\n{made.epilog}"
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("labkit")
-    except PackageNotFoundError:  # a bare checkout on the path
-        return "(not installed)"
 
 
 def _commands() -> dict:

@@ -27,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.measure.machine import machine, versions
 from labkit.measure.measurement import Measurement
 from labkit.method import Method
@@ -307,16 +308,10 @@ class Store:
 
 def _write_rows(path: str | os.PathLike, found: list[Found]) -> int:
     """JSON lines, whole or not at all; returns how many."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for f in found:
-                line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
-                file.write(json.dumps(line) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        for f in found:
+            line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
+            file.write(json.dumps(line) + "\n")
     return len(found)
 
 

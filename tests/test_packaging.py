@@ -41,7 +41,7 @@ def requirements(python="3.11") -> dict[str, Requirement]:
     groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
     found = [Requirement(line) for group in groups for line in group]
     found = [r for r in found if r.marker is None or r.marker.evaluate({"python_version": python})]
-    return {canonicalize_name(r.name): r for r in found if r.name != "labkit"}
+    return {canonicalize_name(r.name): r for r in found if r.name != project()["name"]}
 
 
 def pins() -> dict[str, str]:
@@ -90,7 +90,7 @@ def test_the_pins_are_plain_sorted_and_portable():
         name, version = line.split("==")
         assert re.fullmatch(r"[A-Za-z0-9._-]+", name), line
         assert Version(version).local is None, f"{line}: other machines have no build with this local tag"
-    assert "labkit" not in pins()
+    assert project()["name"] not in pins()
     assert len(pins()) == len(lines), "a package is pinned twice"
 
 
@@ -159,14 +159,14 @@ def test_the_wheel_holds_the_package_and_its_data(wheel):
             assert f"labkit/{relative}" in names
         elif relative.startswith("labkit/"):
             assert relative in names
-    assert {name.split("/")[0] for name in names} == {"labkit", "labkit-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"labkit", "labkit_llm-0.1.0.dist-info"}
 
 
 def test_the_wheel_has_the_command_and_the_license(wheel):
     scripts = configparser.ConfigParser()
-    scripts.read_string(wheel.read("labkit-0.1.0.dist-info/entry_points.txt").decode())
+    scripts.read_string(wheel.read("labkit_llm-0.1.0.dist-info/entry_points.txt").decode())
     assert scripts["console_scripts"]["labkit"] == "labkit.cli:main"
-    assert "Apache License" in wheel.read("labkit-0.1.0.dist-info/licenses/LICENSE").decode()
+    assert "Apache License" in wheel.read("labkit_llm-0.1.0.dist-info/licenses/LICENSE").decode()
 
 
 def test_data_is_found_in_the_installed_wheel(wheel, tmp_path):
