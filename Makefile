@@ -13,7 +13,7 @@ NEWS  := .venv/share/jupyter/lab/settings/overrides.d/labkit.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch browser lab test regress bench lint format clean
+.PHONY: help setup fetch browser lab test regress bench lint format links clean
 
 help: ## list the targets and variables
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -24,6 +24,7 @@ help: ## list the targets and variables
 	@echo "  TORCH_INDEX=...   another package index for torch, such as PyTorch's CPU-only one on Linux"
 	@echo "  CONSTRAINTS=      (empty) the newest versions instead of the pinned ones"
 	@echo "  PIP_FLAGS=...     further flags for pip install"
+	@echo "  REPO=owner/name   the repository on GitHub, for links"
 	@echo "  LAB_FLAGS, TEST_FLAGS, REGRESS_FLAGS, BENCH_FLAGS=...   flags for that target's command"
 
 setup: $(STAMP) ## make .venv with the pinned versions
@@ -104,6 +105,9 @@ lint: $(STAMP) ## check the style
 format: $(STAMP) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+links: ## write the repository's address, REPO=owner/name, into badges and notebooks
+	@python="$(strip $(PYTHON))"; "$${python:-python3}" labkit/links.py "$(REPO)"
 
 clean: ## remove .venv and what tests and runs left here (the asset cache stays)
 	rm -rf .venv build dist reports .pytest_cache .ruff_cache .hypothesis

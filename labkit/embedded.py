@@ -68,8 +68,7 @@ def folder(progress: bool = True) -> Path:
                 print("Converting the embedded model, once …", flush=True)
             with whole_folder(target) as made:
                 convert(gguf, made)
-                described = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(made.iterdir())}
-                write_text(made / MADE, json.dumps(described, indent=1))
+                seal(made)
     except OSError as error:
         raise OSError(
             f"The model could not be written to {target}: {error}. LABKIT_CACHE names another place."
@@ -85,6 +84,12 @@ def mend() -> Path | None:
     target = place()
     with alone(target, "Another process is converting the embedded model; waiting for it."):
         return set_aside(target, "damaged") if target.exists() and not intact() else None
+
+
+def seal(folder: Path) -> None:
+    """Write down the size and sha256 of every file in a folder that is complete now."""
+    described = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(folder.iterdir())}
+    write_text(folder / MADE, json.dumps(described, indent=1))
 
 
 def _record(folder: Path) -> dict[str, tuple[int, str]]:
