@@ -45,6 +45,7 @@ ifneq ($(MADE),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
+# The distribution was once called labkit, as another project on PyPI is: whichever is there goes.
 # A .venv that works is kept. pip's own launcher fails where the Python is gone, pip was never installed or the folder moved.
 $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@; set -e; \
@@ -57,6 +58,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Making .venv with $$("$$python" --version)"; \
 	    "$$python" -m venv --clear .venv; \
 	fi
+	@if $(BIN)/python -m pip show -q labkit 2>/dev/null; then $(BIN)/python -m pip uninstall -q -y labkit; fi
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[lab,test]'
 	@echo "$(MADE)" > $@

@@ -35,8 +35,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     part.touch(exist_ok=False)
+    mode = part.stat().st_mode
     try:
         yield part
+        os.chmod(part, mode)  # safetensors renames a file of its own over it, which only its owner may read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -49,8 +51,11 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     part.mkdir()
+    mode = part.stat().st_mode
     try:
         yield part
+        for inside in part.rglob("*"):  # what libraries have made there, as above
+            os.chmod(inside, mode if inside.is_dir() else mode & 0o666)
         replace_folder(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import io
 import json
 import os
 import sys
@@ -63,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _never_stop_at_a_letter()
     try:
         with _plain_warnings():
             options = _parse(words)
@@ -85,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
         text = text if len(text) <= 500 else f"{text[:350]} … {text[-140:]}"  # somebody pasted a text as a word
         _say(text if ours and text else f"{type(error).__name__}: {text} (LABKIT_DEBUG=1 shows where.)", error)
         return 2 if bad_input else 1
+
+
+def _never_stop_at_a_letter() -> None:
+    """Into a pipe or a file Windows writes its old code page, which has no → or ₂: they come out as \\u2192, no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(text: str, error: BaseException) -> None:

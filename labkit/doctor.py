@@ -284,7 +284,11 @@ def disk() -> Iterator[Line]:
         with tempfile.TemporaryFile(dir=where):
             pass
     except OSError as error:
-        yield Line("cache", PROBLEM, f"nothing can be written there: {_one_line(error)}", todo)
+        said = f"nothing can be written there: {_one_line(error)}"
+        if _converted() is None:
+            yield Line("cache", PROBLEM, said, todo)
+        else:  # a class shares the model
+            yield Line("cache", NOTE, f"{said}; the model is read from it, your own files go to {paths.own()}")
         return
     free = shutil.disk_usage(where).free
     said = f"{where}, {free / 1e9:.1f} GB free"

@@ -65,7 +65,7 @@ def folder(progress: bool = True) -> Path:
                 kept = set_aside(target, "incomplete")
                 print(f"{target} is not complete; it is kept as {kept.name}, and made again.", flush=True)
             if progress:
-                print("Converting the embedded model, once …", flush=True)
+                print("Converting the embedded model, once ...", flush=True)
             with whole_folder(target) as made:
                 convert(gguf, made)
                 seal(made)

@@ -1,7 +1,7 @@
 """What labkit needs, and the command that installs it. Standard library and packaging alone, for ``labkit doctor``.
 
-The import is ``labkit``, the distribution is not: PyPI's ``labkit`` is another project. Nothing here tells anybody to
-install labkit from PyPI by name. A checkout is installed from its folder; elsewhere what is missing is named itself.
+The import is ``labkit``, the distribution is not: PyPI's ``labkit`` is another project. No message says to
+get it from PyPI by name. A checkout is installed from its folder; elsewhere what is missing is named itself.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def write(root: Path, repository: str) -> list[Path]:
             changes[path] = _with_first_cell(path, first_cell(repository))
     changed = [path for path, text in changes.items() if text != _read(path)]
     for path in changed:
-        path.write_text(changes[path], encoding="utf-8", newline="\n")
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(changes[path])
     return changed
 
 

@@ -127,7 +127,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike | None = None):
         try:
-            self.path = Path(path or paths.cache() / "results.sqlite").expanduser().resolve()
+            self.path = Path(path or paths.own() / "results.sqlite").expanduser().resolve()
         except OSError as error:
             raise StoreError(f"The folder for results cannot be made: {error}. {_hint('readonly')}") from error
         self._shipped_into = None  # identity of the file that has the shipped rows

@@ -98,7 +98,8 @@ def _nucleus(logits: torch.Tensor, draw: torch.Generator, top_p: float = 0.95) -
 
 def _places(lm) -> list[Path]:
     name = f"{lm.fingerprint}.safetensors"
-    return [paths.data() / "self" / name, paths.cache() / "self" / name]
+    folders = dict.fromkeys((paths.data(), paths.cache(), paths.own()))  # the last is where a new one is kept
+    return [folder / "self" / name for folder in folders]
 
 
 def _stored(lm, windows: int, length: int) -> torch.Tensor | None:
