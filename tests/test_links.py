@@ -22,12 +22,11 @@ ADDRESS = re.compile(r"(?:github\.com|/gh|/github)/([\w.-]+/[\w.-]+)")
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """What the command touches and what it must not, in a folder of its own."""
-    for name in ("notebooks", "labkit", "docs", "binder"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    for name in ("README.md", "pyproject.toml", "Makefile", "environment.yml"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("notebooks", "binder"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path / "labkit").mkdir()
+    for name in ("README.md", "pyproject.toml", "Makefile", "environment.yml", "labkit/links.py", "labkit/colab.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -133,7 +132,7 @@ def test_a_good_address_is_taken(word):
     "name, old, new",
     [
         ("README.md", links.CLOSE, ""),
-        ("labkit/links.py", "\nREPOSITORY: str", "\nREPO: str"),
+        ("labkit/links.py", "\nREPOSITORY: str | None =", "\nREPOSITORY ="),
         ("notebooks/07_kv_cache.ipynb", '"import labkit"', '"import labkit as lab"'),
     ],
 )

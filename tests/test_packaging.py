@@ -203,6 +203,63 @@ def test_ci_runs_make_test():
     assert [step["run"] for step in steps if "run" in step] == ["bash .ci/run"]
 
 
+def workflow(name: str) -> dict:
+    return yaml.safe_load(read(f".github/workflows/{name}.yml"))["jobs"]
+
+
+def commands(job: dict) -> list[str]:
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def test_there_is_a_job_for_each_system_and_each_python():
+    jobs = workflow("test")
+    assert jobs["systems"]["strategy"]["matrix"]["os"] == ["windows-latest", "macos-latest"]
+    assert not any(re.search(r"\bmake\b|\.ci/run", line) for line in commands(jobs["systems"]))
+    pythons = {"3.11", *jobs["pythons"]["strategy"]["matrix"]["python"]}  # 3.11 has the pinned versions
+    assert pythons == {f"3.{minor}" for minor in range(10, 15)}
+    assert Version(min(pythons, key=Version)) in Requirement("x" + project()["requires-python"]).specifier
+    assert "constraints.txt" not in " ".join(commands(jobs["pythons"]))
+
+
+def test_there_is_a_job_for_the_lower_bounds():
+    (install,) = [line for line in commands(workflow("test")["lowest"]) if "--resolution" in line]
+    assert "--resolution lowest-direct" in install and '-e ".[lab,test]"' in install
+    assert "constraints.txt" not in install
+
+
+@pytest.mark.parametrize("job", ["systems", "pythons", "lowest"])
+def test_what_the_jobs_select_exists(job):
+    (line,) = [line for line in commands(workflow("test")[job]) if "pytest" in line]
+    marks = set(re.findall(r"not (\w+)", line))
+    known = {
+        text.partition(":")[0]
+        for text in tomllib.loads(read("pyproject.toml"))["tool"]["pytest"]["ini_options"]["markers"]
+    }
+    assert marks == {"model", "notebook", "browser"} and marks <= known
+
+
+def test_the_pins_suit_every_python_that_make_accepts():
+    """Also Debian's 3.11.2: no pinned package that is installed here asks for a later patch release."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    for name, pinned in pins().items():
+        try:
+            found = metadata(name)
+        except PackageNotFoundError:
+            continue
+        if found["Version"] == pinned and found["Requires-Python"]:
+            assert Requirement(f"x{found['Requires-Python']}").specifier.contains("3.11.0"), f"{name}=={pinned}"
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """PyPI's labkit is another project; nothing but the import has its name."""
+    from labkit.install import DISTRIBUTION
+
+    assert project()["name"] == DISTRIBUTION != "labkit"
+    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    assert "labkit" not in {Requirement(line).name for group in groups for line in group}
+
+
 def test_the_weekly_run_is_unpinned():
     (job,) = yaml.safe_load(read(".github/workflows/weekly.yml"))["jobs"].values()
     assert job["env"]["CONSTRAINTS"] == ""
