@@ -12,7 +12,7 @@ STORED = (PackedLinear, W8A8Linear, BnbLinear, SparseLinear)
 def from_spec(spec: dict):
     """An empty layer as its ``spec()`` describes it, whose tensors a loader fills in. ValueError for an unknown one."""
     known = {cls.__name__: cls for cls in STORED}
-    name = spec.get("module") if isinstance(spec, dict) else spec
+    name = spec.get("module") if isinstance(spec, dict) else None
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"module = {name!r} is not allowed: it must be one of {', '.join(known)}")
     return known[name].from_spec(spec)
