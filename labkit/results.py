@@ -27,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.measure.machine import machine, versions
 from labkit.measure.measurement import Measurement
 from labkit.method import Method
@@ -132,7 +133,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike | None = None):
         try:
-            self.path = Path(path or paths.cache() / "results.sqlite").expanduser().resolve()
+            self.path = Path(path or paths.own() / "results.sqlite").expanduser().resolve()
         except OSError as error:
             raise StoreError(f"The folder for results cannot be made: {error}. {_hint('readonly')}") from error
         self._shipped_into = None  # identity of the file that has the shipped rows
@@ -317,16 +318,10 @@ class Store:
 
 def _write_rows(path: str | os.PathLike, found: list[Found]) -> int:
     """JSON lines, whole or not at all; returns how many."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for f in found:
-                line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
-                file.write(json.dumps(line) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        for f in found:
+            line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
+            file.write(json.dumps(line) + "\n")
     return len(found)
 
 

@@ -18,7 +18,7 @@ from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
 from labkit.engine.graph import DenseGraph, build
-from labkit.paths import cache
+from labkit.paths import own
 
 PREFILLS = ("packed", "dense", "auto")
 STALE = 3600  # seconds after which a folder left behind by a killed process is removed
@@ -128,7 +128,7 @@ class _scratch:
     """A folder in the cache for the graph while it is read. What killed processes left there is removed."""
 
     def __enter__(self) -> Path:
-        home = cache() / "engine"
+        home = own() / "engine"
         home.mkdir(exist_ok=True)
         for old in home.iterdir():
             if old.is_dir() and time.time() - old.stat().st_mtime > STALE:
