@@ -145,9 +145,12 @@ class Store:
     # ---- rows
 
     def put(self, key: Key, m: Measurement) -> None:
-        """Store ``m``, in place of an earlier row with the same key. On return it is on the disk."""
+        """Store ``m``, in place of an earlier row with the same key. On return it is on the disk.
+
+        Without its times where other programs disturbed them (``Measurement.kept``).
+        """
         _check(m, "measurement")
-        row = _row(key, m, _now(), shipped=False)
+        row = _row(key, m.kept(), _now(), shipped=False)
         self._run(lambda con: con.execute(INSERT, row))
 
     def get(self, key: Key) -> Measurement | None:

@@ -53,7 +53,7 @@ def sweep(
     plain = list(dict.fromkeys(r for _, r in asked)) or [Reading.of(lm, None, windows, length, prompt)]
     hashes = {r: text_hashes(lm, texts, **vars(r)) for r in plain}
     todo = [*((None, r) for r in plain), *asked]
-    results, skipped, method = [], 0, None
+    results, skipped, busy, method = [], 0, 0, None
     try:
         for method, reading in track(todo, "sweep", show=progress):
             key = Key.of(lm, method, hashes[reading], calib)
@@ -63,6 +63,7 @@ def sweep(
                 result = measure(small, against=None if method is None else lm, **how, **vars(reading))
                 del small  # before the next one is made
                 store.put(key, result)
+                busy += result.kept() is not result
             else:
                 skipped += 1
             results.append(result)
@@ -71,6 +72,8 @@ def sweep(
         done = f"{len(results)} of {len(todo)} are in the store"
         _note(error, f"The sweep stopped at {what}; {done}. Run the same sweep again to go on from there.")
         raise
+    if busy:
+        print(f"{busy} without times, for other programs were busy: run the same sweep again on a quiet machine.")
     if progress:
         print(f"{len(results) - skipped} measured, {skipped} were in the store already ({store.path}).")
     return [results[0], *results[len(plain) :]]

@@ -211,3 +211,27 @@ def test_a_text_under_a_policy_goes_on_and_is_not_copied_at_each_run(tiny_lm, mo
     for _ in range(4):
         run()
     assert len(copies) == 2
+
+
+@pytest.mark.parametrize("busy", [None, 0.02, 0.4])
+def test_times_of_a_busy_machine_are_said_and_not_kept(tiny_lm, tmp_path, monkeypatch, busy):
+    from labkit.measure import timing
+
+    monkeypatch.setattr(timing, "_share", lambda stretches: busy)
+    monkeypatch.setattr(timing, "ROUNDS_AGAIN", 0, raising=False)
+    store, calls = labkit.Store(tmp_path / "results.sqlite"), []
+
+    def measured(*args, **kwargs):
+        calls.append(args)
+        return labkit.measure(*args, **kwargs)
+
+    how = {"texts": ("prose",), "windows": 2, "length": 16, "progress": False, "measure": measured}
+    plain, small = labkit.sweep(tiny_lm, [RTN(bits=4, group_size=16)], store, **how)
+    disturbed = busy == 0.4
+    assert small.latency.busy == busy and any("took 40 % of the cores" in n for n in small.notes) == disturbed
+    kept = [row["latency"] if "latency" in row else row["latency.decode_ms"] for row in store.rows()]
+    assert len(kept) == 2 and all((time is None) == disturbed for time in kept)
+    calls.clear()
+    monkeypatch.setattr(timing, "_share", lambda stretches: 0.0)
+    labkit.sweep(tiny_lm, [RTN(bits=4, group_size=16)], store, **how)  # taken again where they are missing
+    assert len(calls) == (2 if disturbed else 0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from labkit import coverage, heap
 from labkit.measure import memory, roofline, timing
+from labkit.measure.alone import alone
+from labkit.measure.busy import is_busy
 from labkit.measure.latency import engine_latency
 from labkit.measure.latency import latency as _latency
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
@@ -56,7 +59,7 @@ def measure(
     reading = Reading.of(lm, None, windows, length, prompt)
     found, hashes = {}, {}
     heap.trim()
-    with memory.peak(lm.device) as peak:
+    with alone(f"measuring {lm.name}"), memory.peak(lm.device) as peak:
         graph, notes = compiled(lm) if engine else (None, ())
         run = graph if hasattr(graph, "read") else None  # a CUDA graph replays the very modules that are read eagerly
         for name in texts:
@@ -66,6 +69,7 @@ def measure(
             hashes[str(name)] = reading.fingerprint(ids)
         eager = _latency(lm, against) if latency else None
         as_graph = _as_graph(lm, graph, against) if latency and graph is not None else None
+        notes = (*notes, *_on_times(eager, as_graph, graph))
     cached, tokens = memory.kv_bytes(lm)
     return Measurement(
         model=lm.name,
@@ -91,16 +95,28 @@ def measure(
     )
 
 
+def _on_times(eager: Latency | None, as_graph: Latency | None, graph) -> Iterator[str]:
+    """What to know about the times, in sentences."""
+    busy = max((t.busy or 0.0 for t in (eager, as_graph) if t), default=0.0)
+    if is_busy(busy):
+        yield f"Other programs took {busy:.0%} of the cores while it was timed: these times are not kept.".replace(
+            "%", " %"
+        )
+    if as_graph and (note := timing.cache_note(graph.nbytes, "weights of the graph")):
+        yield note
+
+
 def _as_graph(lm, graph, against):
     """Its latency in turns with the uncompressed model as a graph, on as many threads as are best for each."""
-    if against is None:
-        return engine_latency(lm, graph)
-    baseline, _ = compiled(against)
-    try:
-        return engine_latency(lm, graph, baseline)
-    finally:
-        del baseline
-        heap.trim()
+    baseline = None if against is None else compiled(against)[0]
+    found = engine_latency(lm, graph, baseline)
+    del baseline
+    heap.trim()
+    if lm.device.type == "cpu":
+        from labkit.engine.threads import contradict
+
+        contradict(graph, found.decode_ms / 1e3, found.context, is_busy(found.busy))
+    return found
 
 
 def compiled(lm, kv_bits: int | None = None) -> tuple[object | None, tuple[str, ...]]:

@@ -84,6 +84,7 @@ def _timed(
         decode_spread=list(decode.spread["this"]) if paired else None,
         context=context,
         rounds=rounds,
+        busy=max((b for b in (prefill.busy, decode.busy) if b is not None), default=None),
         gemv_us=gemv_us,
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+
+from labkit.measure.busy import is_busy
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Latency:
     decode_spread: list[float] | None = None
     context: int = 16  # tokens in the cache when decoding begins
     rounds: int = 0  # samples behind each median
+    busy: float | None = None  # share of the cores that other programs took meanwhile, 0 to 1; None: unknown
     gemv_us: dict[str, float] = field(default_factory=dict)  # each kind of linear, one token, µs
 
     def speed(self, phase: str) -> str | None:
@@ -94,6 +97,12 @@ class Measurement:
     def to_dict(self) -> dict:
         """A plain, JSON-ready dictionary; :meth:`from_dict` reads it back."""
         return asdict(self)
+
+    def kept(self) -> Measurement:
+        """What of it may be stored: all, or all but times that other programs disturbed."""
+        if not any(is_busy(t.busy) for t in (self.latency, self.engine) if t):
+            return self
+        return replace(self, latency=None, engine=None)
 
     @classmethod
     def from_dict(cls, row: dict) -> Measurement:
