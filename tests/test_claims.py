@@ -153,6 +153,10 @@ def smooth(activations, on):
     return labkit.SmoothQuant(activations=activations, smooth=on)
 
 
+def allocated(how):
+    return labkit.Wanda(sparsity=0.7, allocation=how)
+
+
 def prefill_of(e, method):
     return e.row(method)["latency"]["prefill_ratio"]
 
@@ -482,11 +486,14 @@ CLAIMS = [
     Claim(
         "05",
         "give more zeros to the blocks that bear them",
-        lambda e: [
-            k
-            for a in ("owl", "sensitivity")
-            for k in e.kl_ratio(labkit.Wanda(sparsity=0.7, allocation=a), labkit.Wanda(sparsity=0.7))
-        ],
+        lambda e: e.kl_ratio(allocated("sensitivity"), allocated("uniform")),
+        0,
+        0.95,
+    ),
+    Claim(
+        "05",
+        "at 70 % zeros the second gains more",
+        lambda e: e.kl_ratio(allocated("sensitivity"), allocated("owl")),
         0,
         0.99,
     ),

@@ -62,6 +62,10 @@ def outliers(scores: Sequence[torch.Tensor], times: float = OUTLIER) -> float:
     ``scores``: |w|·‖x‖ of each linear, (out, in). As in the authors' code, which joins the scores of a block's linears
     before it takes the mean. So a linear whose inputs are large, such as the one after attention or the last of the
     feed-forward, can hold most of a block's outliers.
+
+    On this model a mean of its own for each matrix would do better. Wanda at 70 % zeros, KL on manual / prose: 3.71 / 2.87
+    without allocation, 3.65 / 2.63 with this one, 3.26 / 2.44 with a mean for each matrix (a first look: calibrated on 2
+    windows of 256 tokens, 2 such windows of each text read).
     """
     count = sum(s.numel() for s in scores)
     mean = sum(s.sum(dtype=torch.float64).item() for s in scores) / count
