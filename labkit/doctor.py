@@ -458,7 +458,7 @@ def store() -> Iterator[Line]:
         yield Line("results", PROBLEM, _one_line(error), "free some disk space, or set LABKIT_CACHE to another folder")
         return
     text = f"{opened.path}, {count:,} measurements"
-    if said:  # a broken file was set aside, or rows of an older labkit were: it says so itself
+    if said:  # a broken file was set aside, or rows of an older labkit were: it says so itself, and that first
         yield Line("results", NOTE, f"{text}; {_one_line(said[0].message)}")
     else:
         yield Line("results", OK, text)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import types
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
-from labkit import assets, cli, doctor, embedded, install
+from labkit import assets, cli, doctor, embedded, install, paths
 from labkit.results import Store, StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,6 +359,73 @@ def test_a_model_that_predicts_nan(cache, monkeypatch, tiny_lm):
     tiny_lm.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     found = line(doctor.model)
     assert found.status == doctor.PROBLEM and "NaN" in found.found and str(folder) in found.todo
+
+
+# ---- the texts, and the results that come with labkit
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """A copy of the shipped data, which a test may damage."""
+    shutil.copytree(paths.data(), tmp_path / "data")
+    monkeypatch.setattr(paths, "data", lambda: tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_shipped_text_that_is_damaged(cache, data):
+    (data / "prose" / "03_maps.md").write_text("no maps")
+    found = line(doctor.texts)
+    assert found.status == doctor.PROBLEM and found.found.startswith("prose in ") and "git checkout data" in found.todo
+
+
+def test_texts_before_the_model_is_there(cache):
+    found = line(doctor.texts)
+    assert (found.status, found.todo) == (doctor.NOTE, "labkit fetch")
+    assert "manual (113,108 tokens) and prose (13,938 tokens) are as shipped" in found.found
+    found = line(doctor.shipped_rows)
+    assert (found.status, found.todo) == (doctor.NOTE, "labkit fetch")
+    assert not cache.exists() or not [p for p in cache.rglob("*") if p.is_file()], "nothing is made or fetched"
+
+
+@pytest.mark.model
+def test_the_texts_for_real():
+    found = line(doctor.texts)
+    assert found.status == doctor.OK and "the same ids as on every machine" in found.found
+
+
+def test_a_tokenizer_that_splits_otherwise(cache, monkeypatch, tiny_lm):
+    import transformers
+
+    folder = converted(cache)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_lm.tokenizer)
+    found = line(doctor.texts)
+    assert found.status == doctor.PROBLEM and "splits manual and prose into other ids" in found.found
+    assert f"remove {folder}, then labkit fetch" in found.todo
+
+
+@pytest.mark.parametrize(
+    ("counts", "status", "says", "todo"),
+    [
+        ({"here": 9}, doctor.OK, "all 9 answer here", ""),
+        ({"here": 7, "model": 2}, doctor.NOTE, "7 of 9 answer here; 2 are of other weights", "then labkit fetch"),
+        ({"texts": 9}, doctor.NOTE, "0 of 9 answer here; 9 are on other token ids", "see the line on texts"),
+        ({"calibration": 1, "labkit": 1}, doctor.NOTE, "0 of 2 answer here", "update labkit; see the line on texts"),
+    ],
+)
+def test_how_many_shipped_results_answer_here(cache, monkeypatch, tiny_lm, counts, status, says, todo):
+    converted(cache)
+    monkeypatch.setattr("labkit.model.load", lambda path, **_: tiny_lm)
+    monkeypatch.setattr("labkit.reproduce.serving", lambda lm: Counter(counts))
+    found = line(doctor.shipped_rows)
+    assert found.status == status and says in found.found and todo in found.todo
+
+
+def test_rows_of_an_older_labkit_are_told(cache):
+    from test_results import old_store
+
+    old_store(cache / "results.sqlite", own=3)
+    found = line(doctor.store)
+    assert found.status == doctor.NOTE and "3 rows of an older labkit are kept" in found.found
 
 
 def test_kernels_for_real():
