@@ -16,11 +16,14 @@ class AWQGPTQ(GPTQ):
     """AWQ's scaling and clipping, then GPTQ's rounding: less damage than either, in the time that both take together.
 
     The two do not overlap. AWQ chooses the grid: which columns it is finer for, and how far each group's reaches. GPTQ
-    chooses where on the grid each weight goes. No paper is about just this pair; libraries let users chain the two.
+    chooses where on the grid each weight goes. The paper below combines the two, and SmoothQuant, in other formats.
     With ``compensate=False`` it is AWQ (with q and k clipped as well), with ``scale=False, clip=False`` it is GPTQ.
     """
 
-    paper: ClassVar[str] = "Lin et al., AWQ, MLSys 2024, section 3.2, then Frantar et al., GPTQ, ICLR 2023, section 3"
+    paper: ClassVar[str] = (
+        "AWQ, MLSys 2024, then GPTQ, ICLR 2023; the pair: Sharify et al., Post Training Quantization of Large Language "
+        "Models with Microscaling Formats, PMLR 262, 2024"
+    )
 
     scale: bool = knob(True, help="Off: no scaling, GPTQ with clipping alone.")
     clip: bool = knob(
