@@ -42,6 +42,10 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
 
     ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
+
+    "mixed" takes turns, manual, self, manual, …, so that the first few windows, which are all that AWQ's search and the
+    probes look at, hold both texts. Four windows of either do for that search: it fits one number for each place, and near
+    its best the error is flat (``benchmarks/calibration_order.py`` measures it).
     """
     check_size(windows, length)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
