@@ -63,7 +63,10 @@ __all__ = [
 
 _now, _sleep = time.perf_counter, time.sleep  # the CPU's clock, in seconds; the tests put fake ones here
 _MOST_CALLS = 1_000_000  # calls per sample, for a callable too fast for the clock to see
-_REST = 0.005  # seconds between two samples of different callables
+# Seconds before a sample of another callable. Seen: in the 50 ms after a torch product on two threads, libgomp's second thread
+# burns 7.9 ms of CPU waiting for more (0.05 with OMP_WAIT_POLICY=PASSIVE), which is longer than a decode step; our onnxruntime
+# sessions burn none (force_spinning_stop). Intel's OpenMP waits 200 ms: set KMP_BLOCKTIME=0 there.
+_REST = 0.01
 _STRETCH = 0.25  # seconds of rounds that are judged, and thrown away, together: the system counts in ticks of 0.01
 
 
