@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from labkit._files import write_text
 from labkit.measure.busy import Watch, is_busy
 from labkit.measure.machine import cores
 from labkit.record import read_metrics
@@ -499,21 +500,10 @@ def _write_baseline(folder: Path, result: Result, profile: str) -> Path | None:
         return None
     fields = ("value", "rel_tol", "abs_tol", "label")
     kept = {name: {f: metric[f] for f in fields} for name, metric in sorted(metrics.items())}
-    write_whole(path, json.dumps(kept, indent=1) + "\n")
+    write_text(path, json.dumps(kept, indent=1) + "\n")
     return path
 
 
 def clean(text: str) -> str:
     """The text without what a report cannot hold: control characters and lone surrogates."""
     return NOT_TEXT.sub("", text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
-from labkit.regress import Report, Result, clean, write_whole
+from labkit._files import write_text
+from labkit.regress import Report, Result, clean
 
 
 def write(report: Report) -> None:
     """Write ``report.html`` and ``junit.xml`` to the report's folder, each whole or not at all."""
-    write_whole(report.out / "report.html", page(report))
-    write_whole(report.out / "junit.xml", junit(report))
+    write_text(report.out / "report.html", page(report))
+    write_text(report.out / "junit.xml", junit(report))
 
 
 # Text

@@ -6,11 +6,15 @@ and is read into every new store. ``labkit reproduce NAME`` measures here what i
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import paths
+from labkit.measure.measurement import Measurement
+from labkit.measure.reading import Reading
 from labkit.method import Method
 from labkit.results import Key, Store, calibrated
 from labkit.sweep import grid, sweep, text_hashes
@@ -31,8 +35,8 @@ class Sweep:
     name: str
     what: str
     settings: tuple[dict, ...]
-    windows: int = 8
-    length: int = 512
+    windows: int | None = None
+    length: int | None = None
     latency: bool = True
     sources: tuple[str, ...] = ("mixed",)
     seeds: tuple[int, ...] = (0,)
@@ -56,29 +60,35 @@ class Sweep:
         from labkit import text
 
         store = Store() if store is None else store
-        hashes = text_hashes(lm, TEXTS, self.windows, self.length)
         how = {"texts": TEXTS, "windows": self.windows, "length": self.length, "latency": self.latency}
+        hashes: dict[Reading, dict[str, str]] = {}
+
+        def key_of(method, calib=None) -> Key:
+            reading = Reading.of(lm, method, self.windows, self.length)
+            if reading not in hashes:
+                hashes[reading] = text_hashes(lm, TEXTS, **vars(reading))
+            return Key.of(lm, method, hashes[reading], calib)
 
         def known(method, calib=None) -> Key | None:
             """The key of the row that already answers for ``method``."""
-            found = store.find(Key.of(lm, method, hashes, calib)) if missing else None
+            found = store.find(key_of(method, calib)) if missing else None
             return found and found.key
 
-        keys = [known(None) or Key.of(lm, None, hashes)]
         methods = self.methods()
         plain = [m for m in methods if not calibrated(m)]
         rounds = [(plain, None)]
         for source in self.sources:
             seeds = self.seeds if source == self.sources[-1] else self.seeds[:1]
             rounds += [([m for m in methods if calibrated(m)], (source, seed)) for seed in seeds]
+        keys = [known(None) or key_of(None)]
         for todo, chosen in rounds:
             if not todo:
                 continue
             calib = text.calibration(lm, source=chosen[0], seed=chosen[1]) if chosen else None
             rows = {m: known(m, calib) for m in todo}
             if new := [m for m, key in rows.items() if key is None]:
-                sweep(lm, new, store, calib, progress=progress, hashes=hashes, **how)
-            keys += [key or Key.of(lm, m, hashes, calib) for m, key in rows.items()]
+                sweep(lm, new, store, calib, progress=progress, **how)
+            keys += [key or key_of(m, calib) for m, key in rows.items()]
         return keys
 
 
@@ -119,3 +129,40 @@ def calibrations(lm, sources=("manual", "self", "mixed"), seeds=(0, 1, 2)) -> di
     from labkit import text
 
     return {text.fingerprint(text.calibration(lm, source=s, seed=n)): (s, n) for s in sources for n in seeds}
+
+
+def serving(lm) -> Counter[str]:
+    """How many shipped rows answer for this model as it is here ("here"), and how many do not, by the first reason.
+
+    "labkit": measured by another labkit, and not readable; "model": of other weights; "texts", "calibration": on other
+    token ids. Nothing is measured, and no text is written: without the model's own stored text what was calibrated on
+    it counts under "calibration".
+    """
+    from labkit import selftext
+
+    model, counts = f"{lm.name}@{lm.fingerprint}", Counter()
+    written = selftext.stored(lm, 32, 512) is not None
+    for name, each in sweeps().items():
+        file = paths.data() / "results" / f"{name}.jsonl"
+        if not file.is_file():
+            continue
+        texts = json.dumps(text_hashes(lm, TEXTS, each.windows, each.length), sort_keys=True)
+        known = calibrations(lm, [s for s in each.sources if written or s == "manual"], each.seeds)
+        for line in file.read_text(encoding="utf-8").splitlines():
+            counts[_why_not(line, model, texts, {"", *known}) or "here"] += 1
+    return counts
+
+
+def _why_not(line: str, model: str, texts: str, calibrations: set[str]) -> str:
+    """Why a shipped row does not answer for this model, "" where it does."""
+    try:
+        row = json.loads(line)
+        key = Key(**row["key"])
+        Measurement.from_dict(row["measurement"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "labkit"
+    if key.model != model:
+        return "model"
+    if key.texts != texts:
+        return "texts"
+    return "" if key.calib in calibrations else "calibration"

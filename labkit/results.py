@@ -20,19 +20,20 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass, fields, is_dataclass
+from dataclasses import asdict, astuple, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.measure.machine import machine, versions
 from labkit.measure.measurement import Measurement
 from labkit.method import Method
 
 APPLICATION = 0x6C61626B  # "labk": tells our file from any other SQLite database
-SCHEMA = 1
+SCHEMA = 2  # 2: a Measurement holds cache bytes at a length, values by window, quartiles of ratios
 WAIT = 30.0  # seconds to wait for another writer
 
 
@@ -77,11 +78,14 @@ class Key:
             versions=versions(),
         )
 
+    def uncompressed(self) -> Key:
+        """The key of this key's model before the method, on the same texts and machine."""
+        return replace(self, method="uncompressed", knobs="{}", calib="")
+
 
 def calibrated(method: Method | None) -> bool:
     """Whether ``method``, or any part of a Recipe, uses calibration windows."""
-    parts = getattr(method, "methods", ())
-    return any(map(calibrated, parts)) if parts else bool(method and method.calibrated)
+    return method is not None and method.calibrated
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ CREATE TABLE imports (sha256 TEXT PRIMARY KEY, file TEXT NOT NULL, created TEXT 
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {SCHEMA};
 """
+# Rows that an older labkit measured and this one cannot read: kept whole, out of the way of new ones with the same key.
+OLDER = f"CREATE TABLE IF NOT EXISTS older ({', '.join(COLUMNS)}, schema INTEGER NOT NULL)"
 INSERT = f"""
 INSERT INTO results VALUES ({", ".join("?" for _ in COLUMNS)}) ON CONFLICT ({", ".join(KEY)}) DO UPDATE SET
 measurement = excluded.measurement, created = excluded.created, shipped = excluded.shipped
@@ -121,12 +127,13 @@ class Store:
     """The measurements kept at ``path`` (default: ``results.sqlite`` in labkit's cache), shipped rows included.
 
     A file that is corrupt, or is not a labkit store, is renamed to ``….broken-<time>`` with a warning, never
-    overwritten. Every method raises :class:`StoreError` where the file can be neither read nor made.
+    overwritten. Rows of an older labkit that this one cannot read stay in the file, in a table of their own; a warning
+    says so, once. Every method raises :class:`StoreError` where the file can be neither read nor made.
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
         try:
-            self.path = Path(path or paths.cache() / "results.sqlite").expanduser().resolve()
+            self.path = Path(path or paths.own() / "results.sqlite").expanduser().resolve()
         except OSError as error:
             raise StoreError(f"The folder for results cannot be made: {error}. {_hint('readonly')}") from error
         self._shipped_into = None  # identity of the file that has the shipped rows
@@ -170,7 +177,8 @@ class Store:
         """Flat dictionaries, oldest first, for pandas and plots; ``where`` picks by key column or ``shipped``.
 
         The key's columns, ``shipped`` and ``when``, then ``knobs.bits``, ``quality.manual.kl``, ``memory.weights``,
-        ``latency.decode_ms`` and so on; ``repr`` is the method as one would type it.
+        ``latency.decode_ms`` and so on; ``repr`` is the method as one would type it. Values by window, quartiles and
+        notes stay lists.
         """
         rows = []
         for found in self._select(where):
@@ -273,8 +281,11 @@ class Store:
         for last in (False, True):
             con = self._connect()
             try:
-                if not _ready(con, self.path):
+                schema = _ready(con, self.path)
+                if not schema:
                     _create(con)
+                elif schema < SCHEMA:
+                    _upgrade(con, self.path)
                 con.execute("PRAGMA synchronous = FULL")  # what put() has acknowledged outlives a power cut
                 self._local.file = _identity(self.path)
                 if self._shipped_into != self._local.file:
@@ -307,16 +318,10 @@ class Store:
 
 def _write_rows(path: str | os.PathLike, found: list[Found]) -> int:
     """JSON lines, whole or not at all; returns how many."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for f in found:
-                line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
-                file.write(json.dumps(line) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        for f in found:
+            line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
+            file.write(json.dumps(line) + "\n")
     return len(found)
 
 
@@ -346,8 +351,8 @@ def _hint(reason: str) -> str:
     return "It must be a file in a writable folder: set LABKIT_CACHE to one."
 
 
-def _ready(con: sqlite3.Connection, path: Path) -> bool:
-    """True: a labkit store. False: an empty file, to be made one. Anything else raises, as a corrupt file does."""
+def _ready(con: sqlite3.Connection, path: Path) -> int:
+    """The schema of a labkit store; 0 for an empty file, to be made one. Anything else raises, as a corrupt file does."""
     application, version, tables = (
         con.execute(sql).fetchone()[0]
         for sql in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
@@ -355,7 +360,7 @@ def _ready(con: sqlite3.Connection, path: Path) -> bool:
     if (application, version, tables) == (0, 0, 0):
         if path.exists() and path.stat().st_size == 1:  # for SQLite that is an empty file, which it would overwrite
             raise sqlite3.DatabaseError("file is not a database")
-        return False
+        return 0
     if application != APPLICATION:
         raise sqlite3.DatabaseError("it is another program's database")
     if version > SCHEMA:
@@ -365,7 +370,25 @@ def _ready(con: sqlite3.Connection, path: Path) -> bool:
         )
     if tuple(column[1] for column in con.execute("PRAGMA table_info(results)")) != COLUMNS:
         raise sqlite3.DatabaseError("its table is not the one labkit makes")
-    return True
+    return version
+
+
+def _upgrade(con: sqlite3.Connection, path: Path) -> None:
+    """Make an older store one of this schema: what cannot be read any more moves to the table ``older``; once, and told."""
+    with con:
+        con.execute("BEGIN IMMEDIATE")
+        schema = con.execute("PRAGMA user_version").fetchone()[0]
+        if schema >= SCHEMA:
+            return  # another process was faster
+        stale = [row for row in con.execute("SELECT * FROM results").fetchall() if _found(row, here=False) is None]
+        con.execute(OLDER)
+        con.executemany(f"INSERT INTO older VALUES ({', '.join('?' * len(COLUMNS))}, {schema})", stale)
+        same = " AND ".join(f"{c} = ?" for c in KEY)
+        con.executemany(f"DELETE FROM results WHERE {same}", [row[: len(KEY)] for row in stale])
+        con.execute(f"PRAGMA user_version = {SCHEMA}")
+    if own := sum(not row[-1] for row in stale):  # shipped ones come again with each labkit
+        rows = "1 row of an older labkit is" if own == 1 else f"{own:,} rows of an older labkit are"
+        warnings.warn(f"{rows} kept in {path} but not shown: measure again.", stacklevel=2)
 
 
 def _create(con: sqlite3.Connection) -> None:

@@ -6,13 +6,13 @@ generated and cached for any other.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.progress import track
 
 STARTERS = (
@@ -60,12 +60,12 @@ STARTERS = (
 
 def self_samples(lm, windows: int, length: int, seed: int = 0, progress: bool = True) -> torch.Tensor:
     """``windows`` self-written windows, LongTensor (windows, length); ``seed`` picks which of the stored ones."""
-    stored = _stored(lm, windows, length)
-    if stored is None:
-        stored = write(lm, windows, length, progress=progress)
-        _keep(lm, stored)
-    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[:windows]
-    return stored[order, :length].long()
+    kept = stored(lm, windows, length)
+    if kept is None:
+        kept = write(lm, windows, length, progress=progress)
+        _keep(lm, kept)
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:windows]
+    return kept[order, :length].long()
 
 
 @torch.inference_mode()
@@ -98,10 +98,12 @@ def _nucleus(logits: torch.Tensor, draw: torch.Generator, top_p: float = 0.95) -
 
 def _places(lm) -> list[Path]:
     name = f"{lm.fingerprint}.safetensors"
-    return [paths.data() / "self" / name, paths.cache() / "self" / name]
+    folders = dict.fromkeys((paths.data(), paths.cache(), paths.own()))  # the last is where a new one is kept
+    return [folder / "self" / name for folder in folders]
 
 
-def _stored(lm, windows: int, length: int) -> torch.Tensor | None:
+def stored(lm, windows: int, length: int) -> torch.Tensor | None:
+    """What this model has written before, at least (windows, length), or None: then :func:`self_samples` takes minutes."""
     from safetensors.torch import load_file
 
     for path in _places(lm):
@@ -116,8 +118,8 @@ def _keep(lm, ids: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
     path = _places(lm)[-1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    save_file({"ids": ids.to(torch.int32).contiguous()}, scratch)
-    os.replace(scratch, path)
+    try:
+        with whole_file(path) as part:
+            save_file({"ids": ids.to(torch.int32).contiguous()}, part)
+    except OSError as error:  # read-only or full: it must be written again next time, which takes minutes
+        warnings.warn(f"The text that the model wrote could not be kept in {path}: {error}.", stacklevel=3)

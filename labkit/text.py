@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import paths
+from labkit import shipped
 from labkit.method import brief, check_model
 from labkit.progress import track
 
@@ -22,9 +22,9 @@ CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evalua
 
 
 def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
-    """Evaluation windows, LongTensor (windows, length): the first ones, or for "prose" spread over all the essays.
+    """Evaluation windows, LongTensor (windows, length), spread evenly over the text: neighbours would be alike.
 
-    ``source``: "manual" (the default: the last part of the Python manual), "prose" (essays written for this project),
+    ``source``: "manual" (the default: the last part of the manual of Python 3.11.7), "prose" (essays written for this project),
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
     """
     source = "manual" if source is None else source
@@ -34,7 +34,7 @@ def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Te
         ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
     else:
         ids = _encode(lm, _read(source))
-    return _cut(ids, windows, length, str(source), spread=source == "prose")
+    return _cut(ids, windows, length, str(source))
 
 
 def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source="mixed", progress: bool = True):
@@ -43,16 +43,16 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
     ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
     """
-    _check_size(windows, length)
+    check_size(windows, length)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed = {brief(seed)} is not allowed: it must be a whole number from 0 to 2**63 - 1.")
     _check_source(source)
     if source == "mixed":
-        half = windows // 2
-        parts = [calibration(lm, windows - half, length, seed, "manual")]
-        if half:
-            parts.append(calibration(lm, half, length, seed, "self", progress))
-        return torch.cat(parts)
+        mixed = calibration(lm, windows - windows // 2, length, seed, "manual")
+        if windows > 1:
+            own = calibration(lm, windows // 2, length, seed, "self", progress)
+            mixed = _interleaved(mixed, own)
+        return mixed
     if source == "self":
         from labkit.selftext import self_samples
 
@@ -71,6 +71,13 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         )
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:windows]
     return available[order]
+
+
+def _interleaved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rows (n, length) in turns, one of ``first`` and one of ``second``; ``first`` may have one more."""
+    turns = first.new_empty(len(first) + len(second), first.shape[1])
+    turns[::2], turns[1::2] = first, second
+    return turns
 
 
 def fingerprint(ids: torch.Tensor) -> str:
@@ -100,7 +107,8 @@ def check_windows(lm, ids: torch.Tensor) -> None:
         )
 
 
-def _check_size(windows: int, length: int) -> None:
+def check_size(windows: int, length: int) -> None:
+    """Raise a ValueError for numbers of windows, or of tokens in one, that no text is cut into."""
     for name, value, least in (("windows", windows, 1), ("length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
             allowed = f"a whole number from {least} to {MOST:,}"
@@ -112,16 +120,16 @@ def _check_source(source) -> None:
         raise ValueError(f"source = {brief(source)} is not allowed: it must be a corpus or the path of a text file.")
 
 
-def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
-    """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
-    _check_size(windows, length)
+def _cut(ids: torch.Tensor, windows: int, length: int, source: str) -> torch.Tensor:
+    """``windows`` windows spread evenly over ``ids``; none overlaps another."""
+    check_size(windows, length)
     available = len(ids) // length
     if available < windows:
         raise ValueError(
             f"{source!r} has {len(ids)} tokens: too short for {windows} windows of {length}. "
             "Ask for fewer or shorter windows, or name a longer text."
         )
-    starts = [(i * available // windows if spread else i) * length for i in range(windows)]
+    starts = [i * available // windows * length for i in range(windows)]
     return torch.stack([ids[s : s + length] for s in starts])
 
 
@@ -142,30 +150,30 @@ def _tokens(tokenizer, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
 
 
+def whole(tokenizer, source: str = "manual") -> torch.Tensor:
+    """All token ids of a corpus or text file, LongTensor (tokens,): what windows are cut from."""
+    return _tokens(tokenizer, raw(source))
+
+
 def _encode(lm, text: str) -> torch.Tensor:
     check_model(lm, "tokenizer")
     return _tokens(lm.tokenizer, text)
 
 
 def _manual(lm) -> torch.Tensor:
-    """The Python manual that ships with every interpreter, all topics in the order of their names."""
+    """The Python manual of one release, which ships with labkit: the interpreter's own is another with each release."""
     return _encode(lm, raw("manual"))
 
 
 def raw(source="prose") -> str:
     """The whole text of a corpus or of a text file, as it was written."""
     _check_source(source)
-    if source != "manual":
-        return _read(source)
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return _read(source)
 
 
 def _read(source: str | os.PathLike) -> str:
-    if source == "prose":
-        files = sorted((paths.data() / "prose").glob("*.md"))
-        return "\n\n".join(f.read_text(encoding="utf-8").strip() for f in files)
+    if source in ("manual", "prose"):
+        return shipped.text(source)
     if source in ("wikitext2", "c4"):
         return _from_hub(source)
     path = Path(source)

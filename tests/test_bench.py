@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -300,15 +299,6 @@ def test_a_report_says_where_a_number_comes_from_and_survives_bars():
     assert "|a\\|b|1|ms (modelled)|" in page and "123x" in page and "full profile" in page
     assert "no targets in this run" in made.text() and "ms (modelled)" in made.text()
     assert json.loads(made.json())["outcomes"][0]["rows"][0]["label"] == "modelled"
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    target = tmp_path / "deep" / "report.md"
-    report.write(target, "first")
-    monkeypatch.setattr(report.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        report.write(target, "second")
-    assert target.read_text() == "first" and os.listdir(target.parent) == ["report.md"]
 
 
 # --- the benchmarks that ship --------------------------------------------------------------------

@@ -39,14 +39,17 @@ def test_the_second_comparison_runs_the_reference_no_more(tiny_lm, windows):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.parametrize("how", ["in place", "through data", "inference tensor", "replaced"])
 def test_a_changed_weight_is_noticed(tiny_lm, windows, how):
+    layer = tiny_lm.model.model.layers[0].mlp.down_proj
+    if how == "inference tensor":
+        with torch.inference_mode():  # it has no _version
+            layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
     other = tiny_lm.copy()
     assert labkit.divergence(other, tiny_lm, windows).kl == pytest.approx(0, abs=1e-6)
-    layer = tiny_lm.model.model.layers[0].mlp.down_proj
-    if how == "in place":
-        with torch.no_grad():
-            layer.weight.mul_(3)
+    if how != "replaced":
+        with torch.inference_mode(how == "inference tensor"), torch.no_grad():
+            (layer.weight.data if how == "through data" else layer.weight).mul_(3)
         other = tiny_lm.copy()
         assert labkit.divergence(other, tiny_lm, windows).kl == pytest.approx(0, abs=1e-6)
     else:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit import regress, report
+from labkit import _files, regress, report
 from labkit.regress import Metric, Report, Result, compare, find, run
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -493,5 +493,5 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        regress.write_whole(target, "after")
+        _files.write_text(target, "after")
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]

@@ -71,10 +71,17 @@ def key(n=0, **change) -> Key:
 
 
 def measurement(n=0, latency=True) -> Measurement:
-    quality = {"manual": Quality(10.5 + n, 0.5, 4096, 0.25, 0.01, 0.875, 0.002), "prose": Quality(20.0, 1.0, 4096)}
+    manual = Quality(10.5 + n, 0.5, 4096, 0.25, 0.01, 0.875, 0.002, per_window={"kl": [0.2, 0.3]})
+    quality = {"manual": manual, "prose": Quality(20.0, 1.0, 4096)}
     speed = Latency(100.0, 2.0, 512, 8.5, 0.5, 2, None, 2.5) if latency else None
     return Measurement(
-        "tiny", f"Round(bits={n})", quality, Memory(1000 + n, 800, 4.5, 96), speed, "cpu", texts={"manual": "ab"}
+        "tiny",
+        f"Round(bits={n})",
+        quality,
+        Memory(1000 + n, 800, 4.5, 96_000, 1000),
+        speed,
+        "cpu",
+        texts={"manual": "ab"},
     )
 
 
@@ -170,7 +177,8 @@ def test_rows_are_flat_and_picked_by_column(store):
     assert three["latency.decode_ratio"] == 2.5 and three["method"] == "Round" and three["repr"] == "Round(bits=3)"
     assert three["model"] == "tiny@0123" and three["shipped"] is False and three["when"].endswith("+00:00")
     assert four["latency"] is None and recipe["repr"] == "Round(bits=5)" and "knobs.bits" not in recipe
-    assert not any(isinstance(value, dict | list) for row in (three, four, recipe) for value in row.values())
+    assert not any(isinstance(value, dict) for row in (three, four, recipe) for value in row.values())
+    assert three["quality.manual.per_window.kl"] == [0.2, 0.3] and three["memory.left"] == []
     assert [r["repr"] for r in store.rows(method="Fit", calib="cc")] == ["Round(bits=4)"]
     assert store.rows(shipped=True) == [] and len(store.rows(shipped=False)) == 3
     with pytest.raises(ValueError, match=r"'bits' is not a column to pick rows by: use model, .* or shipped"):
@@ -633,10 +641,108 @@ def test_a_newer_schema_is_refused_and_left_alone(store, path):
     con.execute(f"PRAGMA user_version = {results.SCHEMA + 1}")
     con.close()
     with pytest.raises(
-        StoreError, match=r"written by a newer labkit \(schema 2; this labkit knows 1\). Upgrade labkit"
+        StoreError, match=r"written by a newer labkit \(schema 3; this labkit knows 2\). Upgrade labkit"
     ):
         Store(path).get(key())
     assert asides(path) == []
+
+
+OLD = {"kv_per_token": 46080}  # in place of kv_bytes and kv_tokens, as labkit wrote it under schema 1
+
+
+def old_store(path, own=3, shipped=2) -> list[tuple]:
+    """A store of schema 1; returns its rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for n in range(own + shipped):
+        m = measurement(n).to_dict()
+        m["memory"] = {k: v for k, v in m["memory"].items() if not k.startswith("kv_")} | OLD
+        rows.append(
+            (*dataclasses.astuple(key(n)), json.dumps(m), f"2026-01-0{n + 1}T00:00:00.000000+00:00", int(n >= own))
+        )
+    con = sqlite3.connect(path)
+    con.executescript(results.CREATE)
+    con.executemany(results.INSERT, rows)
+    con.execute("PRAGMA user_version = 1")
+    con.commit()
+    con.close()
+    return rows
+
+
+def kept(path) -> list[tuple]:
+    con = sqlite3.connect(path)
+    try:
+        return con.execute(f"SELECT {', '.join(results.COLUMNS)}, schema FROM older ORDER BY created").fetchall()
+    finally:
+        con.close()
+
+
+def test_rows_of_an_older_labkit_are_kept_and_told_once(path):
+    rows = old_store(path)
+    with pytest.warns(UserWarning) as caught:
+        store = Store(path)
+        assert store.rows() == [] and store.get(key(1)) is None and store.find(key(1)) is None
+    (said,) = [str(w.message) for w in caught]
+    assert said == f"3 rows of an older labkit are kept in {path} but not shown: measure again."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.put(key(1), measurement(1))
+        assert store.get(key(1)) == measurement(1)
+        assert Store(path).get(key(1)) == measurement(1) and store.export(path.with_name("out.jsonl")) == 1
+    assert kept(path) == [(*row, 1) for row in rows], "byte for byte, also the one that was measured again"
+    assert asides(path) == [] and intact(path)
+
+
+def test_what_can_be_read_of_an_older_store_stays_in_it(path):
+    old_store(path, own=1, shipped=0)
+    con = sqlite3.connect(path)
+    new = (*dataclasses.astuple(key(7)), json.dumps(measurement(7).to_dict()), results._now(), 0)
+    with con:
+        con.execute(results.INSERT, new)
+    con.close()
+    with pytest.warns(UserWarning, match="1 row of an older labkit is kept"):
+        assert Store(path).get(key(7)) == measurement(7)
+    assert len(kept(path)) == 1
+
+
+def test_shipped_rows_of_an_older_labkit_go_without_a_word_and_new_ones_come(path, shipped):
+    old_store(path, own=0, shipped=2)
+    (shipped / "a.jsonl").write_text(json.dumps(example_row() | {"key": dataclasses.asdict(key(0))}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Store(path).get(key(0)) == measurement()
+
+
+def test_an_old_row_of_ones_own_does_not_keep_a_shipped_one_out(path, shipped):
+    old_store(path, own=1, shipped=0)
+    row = example_row() | {"key": dataclasses.asdict(key(0)), "when": "2020-01-01T00:00:00+00:00"}
+    (shipped / "a.jsonl").write_text(json.dumps(row))
+    with pytest.warns(UserWarning, match="1 row of an older labkit"):
+        assert Store(path).find(key(0)).shipped
+
+
+@posix
+def test_processes_that_meet_an_older_store_upgrade_it_once(path):
+    rows = old_store(path)
+
+    def work(who):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            Store(path).put(key(0, machine=who), measurement())
+        path.with_name(who).write_text(str(len(said)))
+
+    pids = [child(lambda w=f"process {i}": work(w)) for i in range(4)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert sum(int(path.with_name(f"process {i}").read_text()) for i in range(4)) == 1
+    assert len(kept(path)) == len(rows) and len(Store(path).rows()) == 4 and intact(path)
+
+
+def test_a_line_of_an_older_labkit_is_refused_by_name(store, tmp_path):
+    row = example_row()
+    row["measurement"]["memory"] = {"weights": 1, "linears": 1, "bits_per_weight": 4.0} | OLD
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"in.jsonl, line 1 is not a stored result: .*kv_per_token"):
+        store.load(tmp_path / "in.jsonl")
 
 
 @posix

@@ -18,7 +18,7 @@ from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
 from labkit.engine.graph import DenseGraph, build
-from labkit.paths import cache
+from labkit.paths import own
 
 PREFILLS = ("packed", "dense", "auto")
 STALE = 3600  # seconds after which a folder left behind by a killed process is removed
@@ -128,7 +128,7 @@ class _scratch:
     """A folder in the cache for the graph while it is read. What killed processes left there is removed."""
 
     def __enter__(self) -> Path:
-        home = cache() / "engine"
+        home = own() / "engine"
         home.mkdir(exist_ok=True)
         for old in home.iterdir():
             if old.is_dir() and time.time() - old.stat().st_mtime > STALE:
@@ -165,6 +165,14 @@ class CompiledModel:
         """Logits of every token: LongTensor (batch, tokens) -> fp32 (batch, tokens, vocabulary). No cache is kept."""
         ids = self._ids(ids)
         return _Run(self, len(ids), 0).several(ids, np.arange(ids.shape[1]))
+
+    def read(self, ids: torch.Tensor, step: int = 128) -> Iterator[torch.Tensor]:
+        """The logits of a text (1, tokens), ``step`` tokens at a time, (1, step, vocabulary): all at once would be large."""
+        ids = self._ids(ids)
+        run = _Run(self, 1, ids.shape[1])
+        for start in range(0, ids.shape[1], step):
+            part = ids[:, start : start + step]
+            yield run.several(part, np.arange(part.shape[1]))
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
         """The greedy continuation of a prompt, without the prompt."""

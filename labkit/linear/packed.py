@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from labkit import formats
+from labkit import formats, identity
 from labkit.linear import matmulnbits, tinygemm
 
 KERNELS = (matmulnbits, tinygemm)
@@ -49,6 +49,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False) if bias is not None else None
         self._kernel = None  # built at the first call that can use it
+        self.released: dict[str, str] = {}  # the digest of the codes, while only the kernel has them
 
     @property
     def quantized(self) -> formats.Encoded:
@@ -79,7 +80,9 @@ class PackedLinear(nn.Module):
             found = next((k for k in KERNELS if k.takes(weight, self.scale.device)), None)
             if found is None:
                 return False
-            self._kernel, self.packed = found.Kernel(weight), None
+            self._kernel = found.Kernel(weight)
+            self.released = {"packed": identity.digest(self.packed)}
+            self.packed = None
         return True
 
     def take_back(self) -> None:
@@ -92,11 +95,16 @@ class PackedLinear(nn.Module):
             return
         unit = torch.eye(self.in_features, device=self.scale.device)
         columns = self._kernel(unit).float()  # (in, out)
-        self.packed = columns.new_empty(self.out_features, 0, dtype=torch.uint8)
-        shell = formats.restore(self.format, self._stored())  # all but the codes
+        no_codes = columns.new_empty(self.out_features, 0, dtype=torch.uint8)
+        shell = formats.restore(self.format, self._stored() | {"packed": no_codes})
         codes = shell.form.quantize(shell.form.groups(columns.T), shell.params())
         codes = codes.view(self.out_features, -1)[:, : self.in_features].contiguous()
-        self.packed, self._kernel = formats.pack(codes, shell.form.bits), None
+        packed = formats.pack(codes, shell.form.bits)
+        if identity.digest(packed) != self.released["packed"]:
+            raise RuntimeError(
+                "The kernel's runtime did not give back the codes that it was given: it cannot be trusted."
+            )
+        self.packed, self._kernel, self.released = packed, None, {}
 
     def _stored(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in self._names}
@@ -120,6 +128,7 @@ class PackedLinear(nn.Module):
         layer.out_features, layer.in_features = spec["format"]["shape"]
         layer.format, layer.dtype = spec["format"], getattr(torch, spec["dtype"])
         layer._names, layer._kernel, layer.stored_nbytes = tuple(spec["tensors"]), None, spec["nbytes"]
+        layer.released = {}
         for name in layer._names:
             layer.register_buffer(name, torch.empty(0))
         layer.bias = nn.Parameter(torch.empty(0), requires_grad=False) if spec["bias"] else None

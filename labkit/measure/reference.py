@@ -10,20 +10,18 @@ import weakref
 
 import torch
 
-from labkit import text
+from labkit import identity, text
 
 KEPT = 4  # sets of windows per model
 
-_models: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # transformers model -> {windows and weights: Reference}
+# transformers model -> {windows and weights: Reference}
+_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def remembered(lm, windows: torch.Tensor) -> Reference:
-    """The :class:`Reference` of a model on windows (windows, length), kept while its weights are the same tensors."""
-    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in lm.model.state_dict().values())
+    """The :class:`Reference` of a model on windows (windows, length), kept while all of its weights are what they were."""
     known = _models.setdefault(lm.model, {})
-    key = (text.fingerprint(windows), str(lm.device), state)
+    key = (text.fingerprint(windows), str(lm.device), identity.fingerprint(lm.model))
     if key not in known:
         while len(known) >= KEPT:
             known.pop(next(iter(known)))  # the oldest

@@ -20,9 +20,7 @@ import hashlib
 import json
 import math
 import numbers
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from labkit._files import write_text
 from labkit.measure import timing
 from labkit.measure.machine import cores, machine
 from labkit.paths import cache, data
@@ -589,17 +588,10 @@ def _read(path: Path) -> Roofline | None:
 
 def _write(path: Path, roof: Roofline) -> None:
     """All of the file or nothing. A full or read-only disk costs the memory of it, not the measurement."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(asdict(roof), file, indent=1)
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(roof), indent=1))
     except OSError as error:
         warnings.warn(f"The roofline was measured but could not be kept in {path}: {error}.", stacklevel=3)
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import html
 import time
 from dataclasses import replace
 
+from labkit.measure.machine import machine
 from labkit.progress import listen
 from labkit.ui import controls, need, words
 from labkit.ui.base import STYLE, Live, button, note, part, wrapped
@@ -16,7 +17,7 @@ from labkit.ui.worker import Latest, explain
 widgets = need("ipywidgets")
 
 
-def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=8, length=512, latency=True, **start):
+def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=None, length=None, latency=True, **start):
     """Sliders for a technique's knobs, and what they do to accuracy, memory and latency of ``lm``.
 
     Parameters
@@ -28,7 +29,7 @@ def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=8, le
     store : Store, optional
         Where measurements are looked up and kept; by default the one that all notebooks on this machine share.
     texts, windows, length
-        What accuracy is measured on, as in :func:`labkit.measure`.
+        What accuracy is measured on, as in :func:`labkit.measure`; the uncompressed model is scored on the same tokens.
     latency : bool
         False leaves out the timing.
     **start
@@ -50,22 +51,20 @@ class Panel(Live):
     def __init__(self, method_class, lm, store=None, how=None, start=None, measure=None, hashes=None):
         """``measure`` stands in for :func:`labkit.measure` and ``hashes`` for ``labkit.sweep.text_hashes``."""
         from labkit.results import Store
-        from labkit.sweep import text_hashes
 
         start, knobs = dict(start or {}), method_class.knobs()
         if unknown := sorted(set(start) - set(knobs)):
             raise ValueError(
                 f"{method_class.__name__} has no knob {unknown[0]!r}: it has {', '.join(knobs) or 'none'}."
             )
-        self._start = method_class(**start).values()  # a bad value is refused in one sentence
+        first = method_class(**start)  # a bad value is refused in one sentence
+        self._start = first.values()
         super().__init__(Latest())
         self.method_class, self.lm = method_class, lm
         self.store = Store() if store is None else store
-        self._how = {"texts": ("manual", "prose"), "windows": 8, "length": 512, "latency": True} | dict(how or {})
+        self._how = {"texts": ("manual", "prose"), "windows": None, "length": None, "latency": True} | dict(how or {})
         self._measure_with = measure
-        if hashes is None:
-            hashes = text_hashes(lm, self._how["texts"], self._how["windows"], self._how["length"])
-        self._hashes = hashes
+        self._hashes = self._texts(first) if hashes is None else hashes
         self._calib = None
         if method_class.calibrated:
             from labkit import text
@@ -145,8 +144,9 @@ class Panel(Live):
         self.worker.cancel()
         try:
             method = self.method()
-            found = self.store.find(self._key(method))
-            baseline = self._baseline(found) if found else None
+            key = self._key(method)
+            found = self.store.find(key)
+            baseline = self._baseline(found, key.uncompressed()) if found else None
             if baseline is None:
                 self._measure(method, moved)
                 return
@@ -183,13 +183,19 @@ class Panel(Live):
         measure = self._measure_with
         if measure is None:
             from labkit.measure import measure
-        baseline = self.store.get(self._key(None))
+        key = self._key(method)
+        baseline = self.store.get(key.uncompressed())
         if baseline is None or (self._how["latency"] and baseline.latency is None):
             baseline = measure(self.lm, **self._how)
-            self.store.put(self._key(None), baseline)
+            self._keep(key.uncompressed(), baseline)
         current = measure(method(self.lm, self._calib), against=self.lm, **self._how)
-        self.store.put(self._key(method), current)
+        self._keep(key, current)
         return baseline, current
+
+    def _keep(self, key, measured) -> None:
+        if self._key(None).model != key.model:
+            raise RuntimeError("The model was changed while it was being measured: nothing was kept. Measure it again.")
+        self.store.put(key, measured)
 
     def _measured(self, method, moved, pair) -> None:
         with self._drawing:
@@ -198,9 +204,8 @@ class Panel(Live):
             self._draw(method, *pair, None, moved)
             self._status("Measured just now, and kept in the store.")
 
-    def _baseline(self, found):
-        """The uncompressed model measured where ``found`` was; one from elsewhere comes without its times."""
-        key = self._key(None)
+    def _baseline(self, found, key):
+        """The uncompressed model (of this key) measured where ``found`` was; one from elsewhere comes without its times."""
         same = self.store.get(replace(key, machine=found.key.machine, versions=found.key.versions))
         if same is not None:
             return same
@@ -208,6 +213,15 @@ class Panel(Live):
         if other is None or other.key.machine == found.key.machine:
             return other and other.measurement
         return without_times(other.measurement)
+
+    def _texts(self, method) -> dict[str, str]:
+        """The hash of each text; how methods of this class are read is settled here, for the uncompressed model too."""
+        from labkit.measure.reading import Reading
+        from labkit.sweep import text_hashes
+
+        reading = Reading.of(self.lm, method, self._how["windows"], self._how["length"])
+        self._how |= vars(reading)
+        return text_hashes(self.lm, self._how["texts"], **vars(reading))
 
     def _key(self, method):
         from labkit.results import Key
@@ -218,7 +232,7 @@ class Panel(Live):
 
     def _draw(self, method, baseline, current, found, moved) -> None:
         """``found`` is the store's row, None for a measurement made just now."""
-        origin = words.source(found, self._key(None).machine, current.label)
+        origin = words.source(found, machine(), current.label)
         ask = words.question(method, moved, self._upward)
         self.view = view(method, baseline, current, self._shown, origin, ask)
         self.error = None
