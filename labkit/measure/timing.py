@@ -244,8 +244,8 @@ def compare(
     nobody always runs first or after the same neighbour. ``seed`` fixes the order. Ratios are taken within a round,
     baseline time over own time, so above 1 is faster; their median and quartiles are reported.
 
-    Rounds during which others took more than a tenth of the cores are thrown away and timed again, once; what the rounds
-    that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile: see :func:`alone`.
+    Rounds during which others took more than a tenth of the cores are thrown away and timed again, once, unless they all
+    are such; what the rounds that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile: see :func:`alone`.
 
     ``min_seconds`` is the least time that each callable's samples last together; the other arguments are those of
     :func:`time_one`. Raises ValueError, naming the value, for anything that does not fit.
@@ -277,7 +277,7 @@ def compare(
                 return watch.sample(ready[name], calls[name], flush)
 
             first = _take(orders, rounds, sample, "timing", progress)
-            kept = [s for s in first if not is_busy(s.share)]
+            kept = [s for s in first if not is_busy(s.share)] or first  # always busy: doing it again would not help
             repeated = rounds - sum(len(s.rounds) for s in kept)
             if repeated:
                 kept += _take(orders, repeated, sample, "timing again, for others were busy", progress)
