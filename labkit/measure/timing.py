@@ -245,7 +245,8 @@ def compare(
     baseline time over own time, so above 1 is faster; their median and quartiles are reported.
 
     Rounds during which others took more than a tenth of the cores are thrown away and timed again, once, unless they all
-    are such; what the rounds that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile: see :func:`alone`.
+    are such; what the rounds that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile:
+    see :func:`alone`.
 
     ``min_seconds`` is the least time that each callable's samples last together; the other arguments are those of
     :func:`time_one`. Raises ValueError, naming the value, for anything that does not fit.
