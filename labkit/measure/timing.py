@@ -63,7 +63,10 @@ __all__ = [
 
 _now, _sleep = time.perf_counter, time.sleep  # the CPU's clock, in seconds; the tests put fake ones here
 _MOST_CALLS = 1_000_000  # calls per sample, for a callable too fast for the clock to see
-_REST = 0.005  # seconds between two samples of different callables
+# Seconds before a sample of another callable. Seen: in the 50 ms after a torch product on two threads, libgomp's second thread
+# burns 7.9 ms of CPU waiting for more (0.05 with OMP_WAIT_POLICY=PASSIVE), which is longer than a decode step; our onnxruntime
+# sessions burn none (force_spinning_stop). Intel's OpenMP waits 200 ms: set KMP_BLOCKTIME=0 there.
+_REST = 0.01
 _STRETCH = 0.25  # seconds of rounds that are judged, and thrown away, together: the system counts in ticks of 0.01
 
 
@@ -241,8 +244,9 @@ def compare(
     nobody always runs first or after the same neighbour. ``seed`` fixes the order. Ratios are taken within a round,
     baseline time over own time, so above 1 is faster; their median and quartiles are reported.
 
-    Rounds during which others took more than a tenth of the cores are thrown away and timed again, once; what the rounds
-    that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile: see :func:`alone`.
+    Rounds during which others took more than a tenth of the cores are thrown away and timed again, once, unless they all
+    are such; what the rounds that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile:
+    see :func:`alone`.
 
     ``min_seconds`` is the least time that each callable's samples last together; the other arguments are those of
     :func:`time_one`. Raises ValueError, naming the value, for anything that does not fit.
@@ -274,7 +278,7 @@ def compare(
                 return watch.sample(ready[name], calls[name], flush)
 
             first = _take(orders, rounds, sample, "timing", progress)
-            kept = [s for s in first if not is_busy(s.share)]
+            kept = [s for s in first if not is_busy(s.share)] or first  # always busy: doing it again would not help
             repeated = rounds - sum(len(s.rounds) for s in kept)
             if repeated:
                 kept += _take(orders, repeated, sample, "timing again, for others were busy", progress)
