@@ -35,8 +35,8 @@ class Sweep:
     name: str
     what: str
     settings: tuple[dict, ...]
-    windows: int | None = None
-    length: int | None = None
+    windows: int = 8
+    length: int = 512
     latency: bool = True
     sources: tuple[str, ...] = ("mixed",)
     seeds: tuple[int, ...] = (0,)
