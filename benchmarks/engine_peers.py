@@ -10,7 +10,6 @@ Run as a script this file is the other process: it reads a question per line, an
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -117,19 +116,18 @@ class GenAI:
 def built() -> Path:
     """The folder for onnxruntime-genai, made once by its own builder."""
     from labkit import embedded
+    from labkit._files import whole_folder
     from labkit.paths import cache
 
     folder = cache() / "bench-genai"
     if not (folder / "genai_config.json").exists():
-        scratch = folder.with_suffix(f".{os.getpid()}")
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-        where = ["-i", str(embedded.folder()), "-o", str(scratch), "-c", str(scratch / "hub")]
         extra = ["--extra_options", "int4_accuracy_level=4", "hf_remote=false"]
-        made = subprocess.run(builder + where + extra, capture_output=True, text=True)
-        if made.returncode:  # for example a module that the builder needs and its package does not install: onnx_ir
-            raise PeerMissing(f"its builder failed: {(made.stderr.strip().splitlines() or ['no output'])[-1]}")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        with whole_folder(folder) as scratch:
+            where = ["-i", str(embedded.folder()), "-o", str(scratch), "-c", str(scratch / "hub")]
+            made = subprocess.run(builder + where + extra, capture_output=True, text=True)
+            if made.returncode:  # for example a module that the builder needs and its package does not install: onnx_ir
+                raise PeerMissing(f"its builder failed: {(made.stderr.strip().splitlines() or ['no output'])[-1]}")
     return folder
 
 

@@ -1,6 +1,6 @@
-"""GPTQ as the paper's procedure reads when it is written down plainly: the yardstick of bench_gptq.
+"""GPTQ, with act-order and static groups, as it reads when it is written down plainly: the yardstick of bench_gptq.
 
-An own column loop over the weight as it lies, act-order with static groups, one Hessian for each linear.
+An own column loop over the weight as it lies, one Hessian for each linear.
 """
 
 from __future__ import annotations

@@ -18,10 +18,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 LABELS = ("measured", "simulated", "modelled")
 STATUSES = ("passed", "missed", "crashed", "timed out", "interrupted")
@@ -164,16 +161,3 @@ def number(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing, also when interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

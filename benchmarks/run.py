@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # benchmarks say `from report import Row`
 sys.path.insert(1, str(HERE.parent))  # and `import labkit`, from the checkout they lie in
 
-from report import Outcome, Report, Row, outcome_text, write  # noqa: E402
+from report import Outcome, Report, Row, outcome_text  # noqa: E402
 
 EPILOG = """\
 Exit status: 0 when every benchmark ran and met its targets, 1 when a target was missed or a benchmark crashed or took
@@ -82,7 +82,7 @@ def child(path: Path, quick: bool, result: Path) -> int:
         rows = module.run(quick)
         if not isinstance(rows, list) or not rows or not all(isinstance(r, Row) for r in rows):
             raise TypeError(f"{path.name}: run(quick) must return a list of report.Row with at least one, not {rows!r}")
-        write(result, json.dumps([asdict(r) for r in rows]))
+        result.write_text(json.dumps([asdict(r) for r in rows]), encoding="utf-8")
     except Exception:
         traceback.print_exc()
         return 1
@@ -228,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     if not benches:
         p.error(f"there is no bench_*.py in {args.folder}")
 
+    from labkit._files import write_text
     from labkit.measure.machine import cores, machine, versions
 
     args.threads = args.threads or cores()
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(machine(), versions(), args.threads, args.quick, when.isoformat(timespec="seconds"), outcomes)
     out = args.out or args.folder / "reports" / when.strftime("%Y-%m-%dT%H-%M-%S")
     for suffix, content in ((".md", report.markdown()), (".json", report.json())):
-        write(out.with_suffix(suffix), content)
+        write_text(out.with_suffix(suffix), content)
     print("\n".join(report.heading()))
     print(f"{report.verdict} Report: {out.with_suffix('.md')} and .json")
     return 130 if interrupted else 0 if report.ok else 1

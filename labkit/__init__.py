@@ -3,11 +3,13 @@
 from labkit import export, text
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM
 from labkit.cache.sharing import FewerKVHeads
+from labkit.coverage import LeftUncompressed
 from labkit.measure import Measurement, divergence, measure, perplexity, roofline, timing
+from labkit.measure.paired import compare
 from labkit.method import Method, Recipe, methods
 from labkit.model import LanguageModel, load
 from labkit.prune import Magnitude, SparseGPT, Wanda
-from labkit.quantize import AWQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
+from labkit.quantize import AWQ, AWQGPTQ, GPTQ, HQQ, RTN, BitsAndBytes, MixedPrecision, SmoothQuant
 from labkit.record import record
 from labkit.results import Store
 from labkit.sweep import sweep
@@ -16,6 +18,7 @@ __all__ = [
     "RTN",
     "GPTQ",
     "AWQ",
+    "AWQGPTQ",
     "SmoothQuant",
     "HQQ",
     "BitsAndBytes",
@@ -32,11 +35,13 @@ __all__ = [
     "RandomKV",
     "FewerKVHeads",
     "LanguageModel",
+    "LeftUncompressed",
     "Measurement",
     "Method",
     "Recipe",
     "Store",
     "check",
+    "compare",
     "compile",
     "divergence",
     "export",

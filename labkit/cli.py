@@ -10,12 +10,15 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import io
 import json
 import os
 import sys
 import textwrap
 import warnings
 from pathlib import Path
+
+from labkit import install
 
 OVERVIEW = """\
 commands:
@@ -61,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _never_stop_at_a_letter()
     try:
         with _plain_warnings():
             options = _parse(words)
@@ -83,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
         text = text if len(text) <= 500 else f"{text[:350]} … {text[-140:]}"  # somebody pasted a text as a word
         _say(text if ours and text else f"{type(error).__name__}: {text} (LABKIT_DEBUG=1 shows where.)", error)
         return 2 if bad_input else 1
+
+
+def _never_stop_at_a_letter() -> None:
+    """Into a pipe or a file Windows writes its old code page, which has no → or ₂: they come out as \\u2192, no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(text: str, error: BaseException) -> None:
@@ -230,22 +241,13 @@ def _parser(knobs: str = "") -> Parser:
         epilog=OVERVIEW,
         usage="labkit COMMAND ...",
     )
-    parser.add_argument("--version", action="version", version=f"labkit {_version()}")
+    parser.add_argument("--version", action="version", version=f"labkit {install.version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, required=True)
     for name, make in _commands().items():
         made = make(subparsers)
         if knobs and name in TAKES_METHODS:
             made.epilog = f"{knobs}\n{made.epilog}"
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("labkit")
-    except PackageNotFoundError:  # a bare checkout on the path
-        return "(not installed)"
 
 
 def _commands() -> dict:
@@ -521,6 +523,7 @@ def _sweep_parser(subparsers) -> Parser:
 
 def _run_sweep(options) -> None:
     import labkit
+    from labkit.measure.reading import Reading
     from labkit.results import Key
     from labkit.sweep import parse_grid, sweep, text_hashes
 
@@ -535,11 +538,11 @@ def _run_sweep(options) -> None:
         raise UsageError(f"--export {options.export}: there is no such folder. Make it, or name another file.")
     lm, store = load_model(options.model), labkit.Store()
     quick = QUICK if options.quick else {}
-    hashes = text_hashes(lm, ("manual", "prose"), **quick)
-    found = sweep(lm, settings, store, hashes=hashes, latency=options.latency, progress=options.progress, **quick)
+    found = sweep(lm, settings, store, latency=options.latency, progress=options.progress, **quick)
     print(_columns([_HEAD, *map(_row, found)]))
     if options.export:
-        key = Key.of(lm, None, hashes)
+        reading = Reading.of(lm, settings[0], **quick)
+        key = Key.of(lm, None, text_hashes(lm, ("manual", "prose"), **vars(reading)))
         same = {name: getattr(key, name) for name in ("model", "texts", "machine", "versions")}
         print(f"{store.export(options.export, **same)} rows written to {options.export}.")
 
@@ -743,7 +746,7 @@ def _regress_parser(subparsers) -> Parser:
     )
     parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="the parameter PROFILE (quick)")
     parser.add_argument(
-        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 600, full 1800)"
+        "--timeout", type=_above_zero, metavar="S", help="seconds for a notebook (quick 1500, full 3600)"
     )
     parser.add_argument("--cell-timeout", type=_above_zero, metavar="S", help="seconds for a cell (half of --timeout)")
     parser.add_argument("--max-seconds", type=_above_zero, metavar="S", help="budget of time (quick 90, full 360)")
@@ -825,13 +828,24 @@ def _doctor_parser(subparsers) -> Parser:
         "doctor",
         _run_doctor,
         "Look at this machine and say what works, what does not, and what to do. Exit code 1 where something must be done.",
-        "labkit doctor\nlabkit doctor --no-network",
+        "labkit doctor\nlabkit doctor --no-network\nlabkit doctor --forget-choices   # measure the engine's threads again",
     )
     parser.add_argument("--no-network", dest="network", action="store_false", help="do not ask whether the hub answers")
+    parser.add_argument(
+        "--forget-choices",
+        action="store_true",
+        help="only throw away what was measured once for the engine: how many threads, and which prompts with dense weights",
+    )
     return parser
 
 
 def _run_doctor(options) -> int:
+    if options.forget_choices:
+        from labkit.engine import threads
+
+        count = threads.forget()
+        print(f"{count} choice{'s' * (count != 1)} forgotten; the next model that is compiled is measured again.")
+        return 0
     from labkit import doctor
 
     found = doctor.report(network=options.network)

@@ -1,16 +1,13 @@
-"""What a notebook needs on Google Colab, and nowhere else.
-
-Every notebook begins with ``FIRST_CELL``. On Colab its first line installs labkit; elsewhere that line does nothing.
-"""
+"""What a notebook needs on Google Colab, and nowhere else. Every notebook begins with ``FIRST_CELL``."""
 
 from __future__ import annotations
 
 import functools
 import sys
 
-FIRST_CELL = """\
-!test -z "$COLAB_RELEASE_TAG" || pip install -q "labkit[lab] @ git+https://github.com/labkit-lab/labkit"
-import labkit"""
+from labkit.links import first_cell
+
+FIRST_CELL = first_cell()
 
 
 def here() -> bool:

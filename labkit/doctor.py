@@ -1,24 +1,23 @@
 """Is everything here that labkit needs? ``labkit doctor`` on the command line, ``labkit.doctor.report()`` in a notebook.
 
-Nothing is installed, fetched or repaired: each line says what was found, and what to do about it. Only the standard
-library is imported at the top, so ``python labkit/doctor.py`` also works where torch is what is missing.
+Nothing is installed, fetched or repaired: each line says what was found, and what to do about it. Nothing at the
+top needs more than the standard library, so ``python labkit/doctor.py`` also works where torch is what is missing.
 """
 
 from __future__ import annotations
 
 import html
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 import warnings
@@ -26,9 +25,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a file: labkit's modules are imported without its __init__, which needs torch
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # labkit/ itself is no place to import from
+    sys.modules["labkit"] = types.ModuleType("labkit")
+    sys.modules["labkit"].__path__ = [str(Path(__file__).resolve().parent)]
+
+from labkit.cpu import cores
+from labkit.install import command, declared, needed
+from labkit.install import installed as version
+
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 OPTIONAL = {
     "kernels": "packed weights take the slow path",
+    "colab": "figures and sliders cannot be shown here",
     "lab": "the notebooks cannot be opened here",
     "test": "`make test` cannot run here",
 }
@@ -117,7 +126,7 @@ def _one_line(error: BaseException) -> str:
 def python() -> Iterator[Line]:
     from packaging.specifiers import SpecifierSet
 
-    found, wanted = platform.python_version(), SpecifierSet(_declared()[0])
+    found, wanted = platform.python_version(), SpecifierSet(declared()[0])
     if not wanted.contains(found, prereleases=True):
         yield Line("Python", PROBLEM, f"{found}; labkit needs {wanted}", "install Python 3.11 or newer")
     elif found.startswith("3.10."):
@@ -147,52 +156,15 @@ def packages() -> Iterator[Line]:
         said += [f"{r.name} {have} is too old (needed: {r.specifier})" for r, have in old]
         if group != "core" and not old:
             yield Line(
-                what, NOTE, f"{', '.join(said)}: {OPTIONAL.get(group, 'not needed by the core')}", install(missing)
+                what, NOTE, f"{', '.join(said)}: {OPTIONAL.get(group, 'not needed by the core')}", command(missing)
             )
         else:
-            yield Line(what, PROBLEM, ", ".join(said), install([*missing, *(r for r, _ in old)]))
+            yield Line(what, PROBLEM, ", ".join(said), command([*missing, *(r for r, _ in old)]))
 
 
-def needed() -> dict[str, list]:
-    """The requirements that this Python has to meet, by group: "core", then each extra."""
-    from packaging.requirements import Requirement
-
-    found: dict[str, list] = {"core": []}
-    for group, text in _declared()[1]:
-        requirement = Requirement(text)
-        marker = requirement.marker
-        if requirement.name != "labkit" and (marker is None or marker.evaluate({"extra": group})):
-            found.setdefault(group, []).append(requirement)
-    return found
-
-
-def _declared() -> tuple[str, list[tuple[str, str]]]:
-    """What labkit says it needs: the Python, and each requirement with its group."""
-    here = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    if here.is_file():  # a checkout: what it says now counts, not what was installed once
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        project = tomllib.loads(here.read_text(encoding="utf-8"))["project"]
-        groups = {"core": project["dependencies"], **project["optional-dependencies"]}
-        return project["requires-python"], [(group, text) for group, lines in groups.items() for text in lines]
-    about = importlib.metadata.metadata("labkit")
-    groups = [(re.search(r"extra == ['\"](\w+)['\"]", text), text) for text in about.get_all("Requires-Dist") or ()]
-    return about["Requires-Python"], [(found[1] if found else "core", text) for found, text in groups]
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def install(requirements: list) -> str:
-    """The pip command for these, for this Python."""
-    words = " ".join(f'"{r.name}{r.specifier}"' for r in requirements)
-    return f"{Path(sys.executable).as_posix()} -m pip install {words}"
+def _named(names) -> list:
+    """The requirements with these names, from whatever group."""
+    return [r for group in needed().values() for r in group if r.name in names]
 
 
 # The machine
@@ -218,11 +190,6 @@ def device() -> Iterator[Line]:
         yield Line("device", NOTE, f"CPU; there seems to be an NVIDIA GPU, but torch {torch.__version__} {why}", todo)
     else:
         yield Line("device", OK, f"CPU, {torch.backends.cpu.get_cpu_capability()}")
-
-
-def cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share() -> float | None:
@@ -317,7 +284,11 @@ def disk() -> Iterator[Line]:
         with tempfile.TemporaryFile(dir=where):
             pass
     except OSError as error:
-        yield Line("cache", PROBLEM, f"nothing can be written there: {_one_line(error)}", todo)
+        said = f"nothing can be written there: {_one_line(error)}"
+        if _converted() is None:
+            yield Line("cache", PROBLEM, said, todo)
+        else:  # a class shares the model
+            yield Line("cache", NOTE, f"{said}; the model is read from it, your own files go to {paths.own()}")
         return
     free = shutil.disk_usage(where).free
     said = f"{where}, {free / 1e9:.1f} GB free"
@@ -331,10 +302,9 @@ def disk() -> Iterator[Line]:
 
 def _converted() -> Path | None:
     """The converted model's folder, where it is complete. Unlike ``embedded.folder()`` this makes nothing."""
-    from labkit import embedded, paths
+    from labkit import embedded
 
-    folder = paths.cache() / f"{embedded.NAME}-v{embedded.VERSION}"
-    return folder if all((folder / name).is_file() for name in embedded.FILES) else None
+    return embedded.place() if embedded.complete() else None
 
 
 def model() -> Iterator[Line]:
@@ -440,9 +410,8 @@ def kernels() -> Iterator[Line]:
     from labkit.linear import matmulnbits
 
     if not matmulnbits.widths():
-        yield Line(
-            "kernels", NOTE, "onnx or onnxruntime is missing: packed weights take the slow path", _extra("kernels")
-        )
+        todo = command(needed().get("kernels", []))
+        yield Line("kernels", NOTE, "onnx or onnxruntime is missing: packed weights take the slow path", todo)
         return
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(64, 128, generator=draw), torch.randn(2, 128, generator=draw)
@@ -461,14 +430,19 @@ def kernels() -> Iterator[Line]:
     if good == [4, 8] and platform.python_version().startswith("3.10."):  # there is no newer one to install
         yield Line("kernels", NOTE, f"{have} multiplies with 4 and 8 bits; 2 bits need Python 3.11 or newer")
     elif bad:
-        yield Line("kernels", PROBLEM, f"{have}: MatMulNBits fails at {'; '.join(bad)}", _extra("kernels", "--upgrade"))
+        todo = command(needed().get("kernels", []), "--upgrade")
+        yield Line("kernels", PROBLEM, f"{have}: MatMulNBits fails at {'; '.join(bad)}", todo)
     else:
         yield Line("kernels", OK, f"{have} multiplies with packed weights of {', '.join(map(str, good))} bits")
 
 
-def _extra(group: str, *flags: str) -> str:
-    command = install(needed().get(group, []))
-    return command.replace("pip install", " ".join(["pip install", *flags]))
+def engine() -> Iterator[Line]:
+    """What was measured once for models as one graph, and is used since."""
+    from labkit.engine import threads
+
+    known = [str(choice) for choice in threads.choices()]
+    nothing = "nothing is remembered: threads are measured when a model is first compiled"
+    yield Line("engine", OK, "; ".join(known) or nothing)
 
 
 def store() -> Iterator[Line]:
@@ -497,17 +471,15 @@ def lab() -> Iterator[Line]:
     """JupyterLab and the widgets: not only there, but importable."""
     missing = [name for name in ("jupyterlab", "ipykernel", *WIDGETS) if importlib.util.find_spec(name) is None]
     if missing:
-        wanted = [r for r in needed().get("lab", []) if r.name in missing]
         said = f"{', '.join(missing)} missing: the notebooks cannot be opened here"
-        yield Line("notebooks", NOTE, said, install(wanted))
+        yield Line("notebooks", NOTE, said, command(_named(missing)))
         return
     try:
         for name in WIDGETS:
             importlib.import_module(name)
         importlib.import_module("ipywidgets").IntSlider()
     except Exception as error:
-        wanted = [r for r in needed().get("lab", []) if r.name in WIDGETS]
-        todo = install(wanted).replace("pip install", "pip install --force-reinstall")
+        todo = command(_named(WIDGETS), "--force-reinstall")
         yield Line("notebooks", PROBLEM, f"a widget cannot be made: {type(error).__name__}: {_one_line(error)}", todo)
         return
     yield Line("notebooks", OK, ", ".join(f"{name} {version(name)}" for name in ("jupyterlab", *WIDGETS)))
@@ -518,8 +490,8 @@ def browser() -> Iterator[Line]:
     if found and importlib.util.find_spec("playwright") is not None:
         yield Line("browser tests", OK, found)
     elif found:
-        wanted = [r for r in needed().get("test", []) if r.name == "playwright"]
-        yield Line("browser tests", NOTE, f"{found}, but playwright is missing: they are skipped", install(wanted))
+        todo = command(_named(["playwright"]))
+        yield Line("browser tests", NOTE, f"{found}, but playwright is missing: they are skipped", todo)
     else:
         todo = "only for these tests: `make browser`, or install chromium yourself"
         yield Line("browser tests", NOTE, "there is no Chromium: they are skipped", todo)
@@ -566,6 +538,7 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
     "model": model,
     "texts": texts,
     "kernels": kernels,
+    "engine": engine,
     "results": store,
     "shipped results": shipped_rows,
     "notebooks": lab,
@@ -575,7 +548,6 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # labkit/ itself is no place to import from
     found = report("--no-network" not in sys.argv[1:])
     print(found)
     sys.exit(0 if found.ok else 1)

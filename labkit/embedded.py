@@ -10,44 +10,107 @@ libm or version of torch), so they were drawn once and ship.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from labkit import assets, paths, shipped
+from labkit._files import alone, set_aside, whole_folder, write_text
 
 ASSET = "smollm2-135m-instruct"
 NAME = "SmolLM2-135M-Instruct"
 VERSION = 1  # of the conversion below; a new number makes a new cache folder
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MADE = "labkit-made.json"  # written last: each file of the folder with its size and sha256
+
+
+def place() -> Path:
+    """Where the converted model lies or will lie."""
+    return paths.cache() / f"{NAME}-v{VERSION}"
+
+
+def complete() -> bool:
+    """Whether the converted model is there, every file with its size. Quick: nothing but the record is read."""
+    folder = place()
+    try:
+        record = _record(folder)
+        return all((folder / name).stat().st_size == size for name, (size, _) in record.items())
+    except (OSError, ValueError):
+        return False
+
+
+def intact() -> bool:
+    """Whether every file of the converted model is, byte for byte, what the conversion wrote. Reads all of it (1 s)."""
+    folder = place()
+    try:
+        record = _record(folder)
+        return complete() and all(_sha256(folder / name) == digest for name, (_, digest) in record.items())
+    except (OSError, ValueError):
+        return False
 
 
 def folder(progress: bool = True) -> Path:
-    """The converted model's folder in the cache; converts it at the first call (about 20 s)."""
-    target = paths.cache() / f"{NAME}-v{VERSION}"
-    if all((target / name).is_file() for name in FILES):
+    """The converted model's folder in the cache; converts it at the first call (about 20 s).
+
+    One process converts while others wait. A finished folder is only read, so it may lie in a cache that another user
+    owns. What stands there and is not complete is set aside, never deleted. Raises OSError where it cannot be written.
+    """
+    target = place()
+    if complete():
         return target
     gguf = Path(assets.fetch(ASSET, progress=progress))
-    if progress:
-        print("Converting the embedded model, once …", flush=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=paths.cache()))
     try:
-        convert(gguf, scratch)
-        if target.exists():  # incomplete: all we found there was damaged
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+        with alone(target, "Another process is converting the embedded model; waiting for it."):
+            if complete():
+                return target
+            if target.exists():
+                kept = set_aside(target, "incomplete")
+                print(f"{target} is not complete; it is kept as {kept.name}, and made again.", flush=True)
+            if progress:
+                print("Converting the embedded model, once ...", flush=True)
+            with whole_folder(target) as made:
+                convert(gguf, made)
+                seal(made)
     except OSError as error:
-        if not all((target / name).is_file() for name in FILES):  # another process may have been faster
-            raise OSError(
-                f"The model could not be written to {target}: {error}. LABKIT_CACHE names another place."
-            ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(
+            f"The model could not be written to {target}: {error}. LABKIT_CACHE names another place."
+        ) from error
     return target
+
+
+def mend() -> Path | None:
+    """Set the converted model aside if its bytes have changed, so that :func:`folder` makes it again.
+
+    Returns where it is kept; None when nothing is wrong with it, or when another process has mended it meanwhile.
+    """
+    target = place()
+    with alone(target, "Another process is converting the embedded model; waiting for it."):
+        return set_aside(target, "damaged") if target.exists() and not intact() else None
+
+
+def seal(folder: Path) -> None:
+    """Write down the size and sha256 of every file in a folder that is complete now."""
+    described = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(folder.iterdir())}
+    write_text(folder / MADE, json.dumps(described, indent=1))
+
+
+def _record(folder: Path) -> dict[str, tuple[int, str]]:
+    """What the conversion wrote, file -> (size, sha256). Raises OSError or ValueError where there is no such record."""
+    record = json.loads((folder / MADE).read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not set(FILES) <= record.keys():
+        raise ValueError(f"{folder / MADE} does not list the model's files.")
+    return {str(name): (int(size), str(digest)) for name, (size, digest) in record.items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -57,8 +120,9 @@ def convert(gguf: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        source = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     finally:
         logging.enable_progress_bar()
     # save_pretrained refuses a model that says it is quantized; the weights are plain fp32 by now.

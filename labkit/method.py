@@ -145,6 +145,9 @@ def knob(default, low=None, high=None, step=None, choices=None, form=None, stops
     return field(default=default, metadata={"knob": described | {"none": none, "help": help}})
 
 
+ON_WEIGHTS = ("quantize", "prune", "structure", "train")  # kinds of methods that are there to change weights
+
+
 @dataclass(frozen=True)
 class Method:
     """A compression technique. Subclasses declare knobs and implement :meth:`apply`.
@@ -172,21 +175,39 @@ class Method:
         """Return a new, compressed LanguageModel; every untouched tensor is shared with ``lm``.
 
         ``calib`` is a LongTensor ``(windows, length)`` of token ids; a calibrated method that is given none takes
-        ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off.
+        ``labkit.text.calibration(lm)``. ``progress=False`` switches the progress bar off. Where much of the decoder's
+        weights is left as it was, a :class:`labkit.LeftUncompressed` warning names it.
         """
-        check_model(lm)
-        if self.calibrated and calib is None:
-            from labkit import text
+        from labkit.coverage import tell
 
-            calib = text.calibration(lm)
-        if calib is not None:
-            from labkit import text
+        small = self._compress(lm, calib, progress)
+        if small.coverage is not lm.coverage:
+            tell(self, small.coverage)
+        return small
 
-            text.check_windows(lm, calib)
+    def _compress(self, lm, calib, progress: bool):
+        """What a call does, but for the warning: a recipe speaks once, for all of its methods."""
+        from labkit.coverage import coverage
+
+        calib = self._windows(lm, calib)
         small = lm.copy()
         self.apply(small, calib, progress)
         small.history = (*lm.history, repr(self))
+        if self.kind in ON_WEIGHTS:
+            small.coverage = coverage(small, lm)
         return small
+
+    def _windows(self, lm, calib):
+        """The calibration windows given, checked, or where they are needed and missing the default ones."""
+        check_model(lm)
+        if calib is None and not self.calibrated:
+            return None
+        from labkit import text
+
+        if calib is None:
+            return text.calibration(lm)
+        text.check_windows(lm, calib)
+        return calib
 
     def apply(self, lm, calib, progress: bool) -> None:
         """Compress ``lm`` in place. ``lm`` is a private copy: replace its tensors, never write into them."""
@@ -232,8 +253,11 @@ def _plain_type(hint) -> type:
 class Recipe(Method):
     """Several techniques, applied one after the other; itself a Method.
 
-    >>> Recipe(RTN(bits=8), RTN(bits=4))
-    Recipe(RTN(bits=8, group_size=64, symmetric=False), RTN(bits=4, group_size=64, symmetric=False))
+    All calibrated ones get the same windows: without ``calib`` they are drawn once, from the model that comes in. Drawn
+    anew each time, half of the second one's text would be written by a model that the first has already damaged.
+
+    >>> Recipe(Wanda(sparsity=0.5), GPTQ(bits=4)).typed()
+    'Recipe(Wanda(sparsity=0.5), GPTQ(bits=4))'
     """
 
     methods: tuple[Method, ...] = ()
@@ -244,9 +268,15 @@ class Recipe(Method):
                 raise ValueError(f"Recipe takes methods such as RTN(bits=4), not {m!r}.")
         object.__setattr__(self, "methods", methods)
 
-    def __call__(self, lm, calib=None, progress: bool = True):
+    @property
+    def calibrated(self) -> bool:
+        """Whether any of its methods, also inside another Recipe, needs calibration windows."""
+        return any(m.calibrated for m in self.methods)
+
+    def _compress(self, lm, calib, progress: bool):
+        calib = self._windows(lm, calib)
         for m in self.methods:
-            lm = m(lm, calib, progress)
+            lm = m._compress(lm, calib, progress)
         return lm
 
     def typed(self) -> str:

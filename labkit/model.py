@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from labkit import cache, embedded, identity
+from labkit._files import whole_folder
+from labkit.coverage import Coverage, percent
 from labkit.method import brief, methods
 
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
@@ -27,6 +27,7 @@ class LanguageModel:
     tokenizer: Any
     name: str
     history: tuple[str, ...] = ()  # the repr of each technique applied, in order
+    coverage: Coverage = Coverage()  # noqa: RUF009 (frozen) which of the decoder's weights they reached
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +68,7 @@ class LanguageModel:
     def copy(self) -> LanguageModel:
         """A model with its own modules that shares every tensor with this one."""
         memo = {id(t): t for t in _tensors(self.model)}
-        return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history)
+        return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history, self.coverage)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the model to a folder (config, tokenizer, safetensors with packed weights); all of it or nothing."""
@@ -76,9 +77,7 @@ class LanguageModel:
         target = Path(path)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is not an empty folder: name a new one.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with whole_folder(target) as scratch:
             tensors, shared = _unshare(self.model.state_dict())
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
             self.model.config.save_pretrained(scratch)
@@ -87,18 +86,17 @@ class LanguageModel:
             self.tokenizer.save_pretrained(scratch)
             packed = {n: m.spec() for n, m in self.model.named_modules() if hasattr(m, "spec")}
             described = {"name": self.name, "history": self.history, "packed": packed, "shared": shared}
+            described["coverage"] = asdict(self.coverage)
             if cached := cache.methods_of(self.model):
                 described["cache"] = [[type(m).__name__, m.values()] for m in cached]
-            (scratch / MANIFEST).write_text(json.dumps(described | {"class": type(self.model).__name__}, indent=1))
-            if target.exists():
-                target.rmdir()
-            os.replace(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            described["class"] = type(self.model).__name__
+            (scratch / MANIFEST).write_text(json.dumps(described, indent=1), encoding="utf-8")
         return target
 
     def __repr__(self) -> str:
         done = " -> ".join(self.history) or "uncompressed"
+        if self.coverage.share < 1:
+            done += f", {percent(self.coverage.share)} of the decoder's weights compressed"
         return f"LanguageModel({self.name!r}, {done}, {self.nbytes / 1e6:.1f} MB, {self.device})"
 
 
@@ -161,9 +159,14 @@ def _load_embedded(dtype) -> LanguageModel:
     folder = embedded.folder()
     try:
         lm = _from_pretrained(str(folder), dtype)
-    except ValueError:  # a damaged cache is made again, not trusted
-        print(f"The cached model in {folder} is damaged; it is made again.")
-        shutil.rmtree(folder)
+    except ValueError as error:
+        if embedded.intact():  # a load can fail for many reasons; only changed bytes say that the model is damaged
+            raise RuntimeError(
+                f"The embedded model cannot be loaded, although its files in {folder} are intact: "
+                f"{_reason(error.__cause__ or error)}. `labkit doctor` looks at the rest."
+            ) from error
+        if kept := embedded.mend():
+            print(f"The cached model in {folder} is damaged; it is kept as {kept.name}, and made again.", flush=True)
         lm = _from_pretrained(str(embedded.folder()), dtype)
     lm.name = embedded.NAME
     return lm
@@ -176,15 +179,19 @@ def _from_pretrained(name: str, dtype) -> LanguageModel:
     local = _is_dir(name)
     logging.disable_progress_bar()
     try:
-        how = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
+        how = {"local_files_only": local, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **how)
         if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except ImportError:  # a package is missing or broken: that says nothing about the model
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):  # a package or memory is missing, not the model
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's own CPU allocator says it in a RuntimeError
+            raise
         reason, shown = _reason(error), brief(name)
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which labkit never runs"
         where = f"The folder {shown} holds no model that can be read" if local else f"There is no model {shown} here"
         advice = (
             "check its config.json, tokenizer and safetensors files"
@@ -205,11 +212,12 @@ def _load_saved(folder: Path) -> LanguageModel:
     from labkit import linear
 
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = getattr(transformers, manifest["class"])(config)
+        how = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+        model = _causal_class(manifest["class"])(config)
         for path, spec in manifest["packed"].items():
             model.set_submodule(path, linear.from_spec(spec))
         for alias, original in manifest["shared"].items():
@@ -222,11 +230,23 @@ def _load_saved(folder: Path) -> LanguageModel:
             model.tie_weights()
         for method, values in manifest.get("cache", []):
             cache.install(model, methods()[method](**values))
-        return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]))
+        coverage = Coverage(**manifest.get("coverage", {}))
+        return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]), coverage)
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {_reason(error)}.") from error
     except Exception as error:  # safetensors has an error class of its own
         raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {_reason(error)}.") from error
+
+
+def _causal_class(name: str) -> type:
+    """transformers' class of that name. A manifest is a file that anybody can write: it may name nothing but such a class."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    found = getattr(transformers, name, None) if isinstance(name, str) and name in known.values() else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(f"class = {brief(name)} is not allowed: it must be a causal language model of transformers")
+    return found
 
 
 def _assign(model, name: str, tensor: torch.Tensor) -> None:

@@ -29,6 +29,14 @@ def listen(callback: Callable[[str, int, int], None]) -> Iterator[None]:
         _listener.reset(token)
 
 
+def tell(what: str) -> bool:
+    """Tell the listener, who may raise :class:`Cancelled`, what is waited for; False where nobody listens."""
+    callback = _listener.get()
+    if callback is not None:
+        callback(what, 0, 0)
+    return callback is not None
+
+
 def track(items: Iterable, what: str, show: bool = True, total: int | None = None) -> Iterator:
     """Yield the items, reporting progress before each and at the end."""
     if total is None and isinstance(items, Sized):

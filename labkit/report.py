@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
-from labkit.regress import Report, Result, clean, write_whole
+from labkit._files import write_text
+from labkit.regress import Report, Result, clean
 
 
 def write(report: Report) -> None:
     """Write ``report.html`` and ``junit.xml`` to the report's folder, each whole or not at all."""
-    write_whole(report.out / "report.html", page(report))
-    write_whole(report.out / "junit.xml", junit(report))
+    write_text(report.out / "report.html", page(report))
+    write_text(report.out / "junit.xml", junit(report))
 
 
 # Text
@@ -134,7 +135,7 @@ th, td { text-align: left; padding: .25em .8em .25em 0 } th { font-weight: 600; 
 def page(report: Report) -> str:
     """The report as one HTML page that needs nothing else; links lead to the executed notebooks beside it."""
     scale = {
-        "seconds": max([report.max_seconds or 0, *(r.seconds for r in report.results)], default=0),
+        "seconds": max([report.max_seconds or 0, *(r.alone for r in report.results)], default=0),
         "peak": max([(report.max_gb or 0) * 1e9, *(r.peak for r in report.results)], default=0),
     }
     rows = "".join(_row(r, report, scale) for r in report.results)
@@ -149,8 +150,8 @@ def page(report: Report) -> str:
 <p class="{"ok" if report.ok else "bad"}">{_escape(verdict)}</p>
 <p class="small">{_escape(report.machine)}; {_escape(report.versions)}</p>
 <table><tr>{head}</tr>{rows}</table>
-<p class="small">Bars: wall seconds, and the peak memory of papermill and the kernel together. The dashed line is the
-budget.</p>
+<p class="small">Bars: seconds (on a busy machine no more than the notebook's own CPU time explains), and the peak memory of
+papermill and the kernel together. The dashed line is the budget.</p>
 {sections}</body></html>
 """
 
@@ -160,7 +161,7 @@ def _row(r: Result, report: Report, scale: dict) -> str:
     return (
         f'<tr><td><a href="#{_escape(r.name)}">{_escape(r.name)}</a></td>'
         f'<td class="{"ok" if r.ok else "bad"}">{_escape(r.verdict)}</td>'
-        f'<td class="n">{r.seconds:.1f}</td><td>{bar(r.seconds, report.max_seconds, scale["seconds"], "seconds")}</td>'
+        f'<td class="n">{r.seconds:.1f}</td><td>{bar(r.alone, report.max_seconds, scale["seconds"], "seconds")}</td>'
         f'<td class="n">{r.peak / 1e9:.2f}</td><td>{bar(r.peak, gb, scale["peak"], "bytes at peak")}</td>'
         f"<td>{_escape(counts(r))}</td></tr>"
     )

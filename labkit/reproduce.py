@@ -14,6 +14,7 @@ from pathlib import Path
 
 from labkit import paths
 from labkit.measure.measurement import Measurement
+from labkit.measure.reading import Reading
 from labkit.method import Method
 from labkit.results import Key, Store, calibrated
 from labkit.sweep import grid, sweep, text_hashes
@@ -34,8 +35,8 @@ class Sweep:
     name: str
     what: str
     settings: tuple[dict, ...]
-    windows: int = 8
-    length: int = 512
+    windows: int | None = None
+    length: int | None = None
     latency: bool = True
     sources: tuple[str, ...] = ("mixed",)
     seeds: tuple[int, ...] = (0,)
@@ -59,29 +60,35 @@ class Sweep:
         from labkit import text
 
         store = Store() if store is None else store
-        hashes = text_hashes(lm, TEXTS, self.windows, self.length)
         how = {"texts": TEXTS, "windows": self.windows, "length": self.length, "latency": self.latency}
+        hashes: dict[Reading, dict[str, str]] = {}
+
+        def key_of(method, calib=None) -> Key:
+            reading = Reading.of(lm, method, self.windows, self.length)
+            if reading not in hashes:
+                hashes[reading] = text_hashes(lm, TEXTS, **vars(reading))
+            return Key.of(lm, method, hashes[reading], calib)
 
         def known(method, calib=None) -> Key | None:
             """The key of the row that already answers for ``method``."""
-            found = store.find(Key.of(lm, method, hashes, calib)) if missing else None
+            found = store.find(key_of(method, calib)) if missing else None
             return found and found.key
 
-        keys = [known(None) or Key.of(lm, None, hashes)]
         methods = self.methods()
         plain = [m for m in methods if not calibrated(m)]
         rounds = [(plain, None)]
         for source in self.sources:
             seeds = self.seeds if source == self.sources[-1] else self.seeds[:1]
             rounds += [([m for m in methods if calibrated(m)], (source, seed)) for seed in seeds]
+        keys = [known(None) or key_of(None)]
         for todo, chosen in rounds:
             if not todo:
                 continue
             calib = text.calibration(lm, source=chosen[0], seed=chosen[1]) if chosen else None
             rows = {m: known(m, calib) for m in todo}
             if new := [m for m, key in rows.items() if key is None]:
-                sweep(lm, new, store, calib, progress=progress, hashes=hashes, **how)
-            keys += [key or Key.of(lm, m, hashes, calib) for m, key in rows.items()]
+                sweep(lm, new, store, calib, progress=progress, **how)
+            keys += [key or key_of(m, calib) for m, key in rows.items()]
         return keys
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.measure.machine import machine, versions
 from labkit.measure.measurement import Measurement
 from labkit.method import Method
@@ -84,8 +85,7 @@ class Key:
 
 def calibrated(method: Method | None) -> bool:
     """Whether ``method``, or any part of a Recipe, uses calibration windows."""
-    parts = getattr(method, "methods", ())
-    return any(map(calibrated, parts)) if parts else bool(method and method.calibrated)
+    return method is not None and method.calibrated
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike | None = None):
         try:
-            self.path = Path(path or paths.cache() / "results.sqlite").expanduser().resolve()
+            self.path = Path(path or paths.own() / "results.sqlite").expanduser().resolve()
         except OSError as error:
             raise StoreError(f"The folder for results cannot be made: {error}. {_hint('readonly')}") from error
         self._shipped_into = None  # identity of the file that has the shipped rows
@@ -145,9 +145,12 @@ class Store:
     # ---- rows
 
     def put(self, key: Key, m: Measurement) -> None:
-        """Store ``m``, in place of an earlier row with the same key. On return it is on the disk."""
+        """Store ``m``, in place of an earlier row with the same key. On return it is on the disk.
+
+        Without its times where other programs disturbed them (``Measurement.kept``).
+        """
         _check(m, "measurement")
-        row = _row(key, m, _now(), shipped=False)
+        row = _row(key, m.kept(), _now(), shipped=False)
         self._run(lambda con: con.execute(INSERT, row))
 
     def get(self, key: Key) -> Measurement | None:
@@ -318,16 +321,10 @@ class Store:
 
 def _write_rows(path: str | os.PathLike, found: list[Found]) -> int:
     """JSON lines, whole or not at all; returns how many."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for f in found:
-                line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
-                file.write(json.dumps(line) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        for f in found:
+            line = {"key": asdict(f.key), "measurement": f.measurement.to_dict(), "when": f.when}
+            file.write(json.dumps(line) + "\n")
     return len(found)
 
 

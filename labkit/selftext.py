@@ -6,13 +6,13 @@ generated and cached for any other.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
 from labkit import paths
+from labkit._files import whole_file
 from labkit.progress import track
 
 STARTERS = (
@@ -98,7 +98,8 @@ def _nucleus(logits: torch.Tensor, draw: torch.Generator, top_p: float = 0.95) -
 
 def _places(lm) -> list[Path]:
     name = f"{lm.fingerprint}.safetensors"
-    return [paths.data() / "self" / name, paths.cache() / "self" / name]
+    folders = dict.fromkeys((paths.data(), paths.cache(), paths.own()))  # the last is where a new one is kept
+    return [folder / "self" / name for folder in folders]
 
 
 def stored(lm, windows: int, length: int) -> torch.Tensor | None:
@@ -117,8 +118,8 @@ def _keep(lm, ids: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
     path = _places(lm)[-1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    save_file({"ids": ids.to(torch.int32).contiguous()}, scratch)
-    os.replace(scratch, path)
+    try:
+        with whole_file(path) as part:
+            save_file({"ids": ids.to(torch.int32).contiguous()}, part)
+    except OSError as error:  # read-only or full: it must be written again next time, which takes minutes
+        warnings.warn(f"The text that the model wrote could not be kept in {path}: {error}.", stacklevel=3)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from labkit.measure.measurement import Measurement
+from labkit.measure.reading import Reading
 from labkit.method import Method
 from labkit.progress import track
 from labkit.results import Key, Store, calibrated
@@ -18,19 +19,21 @@ def sweep(
     store: Store | None = None,
     calib=None,
     texts: Iterable[str] = ("manual", "prose"),
-    windows: int = 8,
-    length: int = 512,
+    windows: int | None = None,
+    length: int | None = None,
     latency: bool = True,
     progress: bool = True,
     measure: Callable[..., Measurement] | None = None,
-    hashes: dict[str, str] | None = None,
+    prompt: int | None = None,
 ) -> list[Measurement]:
     """Measure ``lm`` uncompressed, then under each method, against ``lm``; returns the measurements in that order.
 
     What ``store`` has under the same key is taken from there; everything else is stored the moment it is measured, so
-    that an interrupt loses only the one in flight, and the same call resumes. ``calib`` is a LongTensor
-    (windows, length), by default ``text.calibration(lm)`` where a method needs it. ``measure`` stands in for
-    ``labkit.measure``; ``hashes`` for ``text_hashes(lm, texts, windows, length)``, where a caller has them.
+    that an interrupt loses only the one in flight, and the same call resumes. Times that were taken while the machine was
+    busy are not stored: the row goes in without them, and the next call takes them again. ``calib`` is a LongTensor
+    (windows, length), by default ``text.calibration(lm)`` where a method needs it. ``windows``, ``length``, ``prompt``: as
+    :func:`labkit.measure` chooses them for each method; the uncompressed model is measured for each choice.
+    ``measure`` stands in for ``labkit.measure``.
     """
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     methods = list(methods)
@@ -40,41 +43,46 @@ def sweep(
     if measure is None:
         from labkit.measure import measure
     store = Store() if store is None else store
-    hashes = text_hashes(lm, texts, windows, length) if hashes is None else hashes
     if calib is None and any(map(calibrated, methods)):
         from labkit import text
 
         calib = text.calibration(lm)
 
-    settings = {"texts": texts, "windows": windows, "length": length, "latency": latency, "progress": progress}
-    results, skipped, method = [], 0, None
+    how = {"texts": texts, "latency": latency, "progress": progress}
+    asked = [(m, Reading.of(lm, m, windows, length, prompt)) for m in methods]
+    plain = list(dict.fromkeys(r for _, r in asked)) or [Reading.of(lm, None, windows, length, prompt)]
+    hashes = {r: text_hashes(lm, texts, **vars(r)) for r in plain}
+    todo = [*((None, r) for r in plain), *asked]
+    results, skipped, busy, method = [], 0, 0, None
     try:
-        for method in track([None, *methods], "sweep", show=progress):
-            key = Key.of(lm, method, hashes, calib)
+        for method, reading in track(todo, "sweep", show=progress):
+            key = Key.of(lm, method, hashes[reading], calib)
             result = store.get(key)
             if result is None or (latency and result.latency is None):
                 small = lm if method is None else method(lm, calib if calibrated(method) else None, progress)
-                result = measure(small, against=None if method is None else lm, **settings)
+                result = measure(small, against=None if method is None else lm, **how, **vars(reading))
                 del small  # before the next one is made
                 store.put(key, result)
+                busy += result.kept() is not result
             else:
                 skipped += 1
             results.append(result)
     except BaseException as error:
         what = "the uncompressed model" if method is None else repr(method)
-        done = f"{len(results)} of {len(methods) + 1} are in the store"
+        done = f"{len(results)} of {len(todo)} are in the store"
         _note(error, f"The sweep stopped at {what}; {done}. Run the same sweep again to go on from there.")
         raise
+    if busy:
+        print(f"{busy} without times, for other programs were busy: run the same sweep again on a quiet machine.")
     if progress:
         print(f"{len(results) - skipped} measured, {skipped} were in the store already ({store.path}).")
-    return results
+    return [results[0], *results[len(plain) :]]
 
 
-def text_hashes(lm, texts: Iterable[str], windows: int = 8, length: int = 512) -> dict[str, str]:
-    """For each text the hash of the token ids that ``lm`` is evaluated on: the ``texts`` of a :class:`Key`."""
-    from labkit import text
-
-    return {str(name): text.fingerprint(text.evaluation(lm, windows, length, source=name)) for name in texts}
+def text_hashes(lm, texts: Iterable[str], windows: int = 8, length: int = 512, prompt: int = 0) -> dict[str, str]:
+    """For each text the hash of the token ids that ``lm`` is scored on: the ``texts`` of a :class:`Key`."""
+    reading = Reading(windows, length, prompt)
+    return {str(name): reading.fingerprint(reading.ids(lm, name)) for name in texts}
 
 
 def grid(method_class: type[Method], **lists) -> list[Method]:

@@ -59,7 +59,7 @@ def fastest(lm, kv_bits: int | None = None):
     """``lm`` as one graph where it can be one, else ``lm`` itself. ``kv_bits``: as ``labkit.compile`` has it."""
     from labkit.measure import compiled
 
-    return compiled(lm, kv_bits) or lm
+    return compiled(lm, kv_bits)[0] or lm
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evalua
 
 
 def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
-    """Evaluation windows, LongTensor (windows, length): the first ones, or for "prose" spread over all the essays.
+    """Evaluation windows, LongTensor (windows, length), spread evenly over the text: neighbours would be alike.
 
     ``source``: "manual" (the default: the last part of the manual of Python 3.11.7), "prose" (essays written for this project),
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
@@ -34,7 +34,7 @@ def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Te
         ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
     else:
         ids = _encode(lm, _read(source))
-    return _cut(ids, windows, length, str(source), spread=source == "prose")
+    return _cut(ids, windows, length, str(source))
 
 
 def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source="mixed", progress: bool = True):
@@ -43,16 +43,16 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
     ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
     """
-    _check_size(windows, length)
+    check_size(windows, length)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed = {brief(seed)} is not allowed: it must be a whole number from 0 to 2**63 - 1.")
     _check_source(source)
     if source == "mixed":
-        half = windows // 2
-        parts = [calibration(lm, windows - half, length, seed, "manual")]
-        if half:
-            parts.append(calibration(lm, half, length, seed, "self", progress))
-        return torch.cat(parts)
+        mixed = calibration(lm, windows - windows // 2, length, seed, "manual")
+        if windows > 1:
+            own = calibration(lm, windows // 2, length, seed, "self", progress)
+            mixed = _interleaved(mixed, own)
+        return mixed
     if source == "self":
         from labkit.selftext import self_samples
 
@@ -71,6 +71,13 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         )
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:windows]
     return available[order]
+
+
+def _interleaved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rows (n, length) in turns, one of ``first`` and one of ``second``; ``first`` may have one more."""
+    turns = first.new_empty(len(first) + len(second), first.shape[1])
+    turns[::2], turns[1::2] = first, second
+    return turns
 
 
 def fingerprint(ids: torch.Tensor) -> str:
@@ -100,7 +107,8 @@ def check_windows(lm, ids: torch.Tensor) -> None:
         )
 
 
-def _check_size(windows: int, length: int) -> None:
+def check_size(windows: int, length: int) -> None:
+    """Raise a ValueError for numbers of windows, or of tokens in one, that no text is cut into."""
     for name, value, least in (("windows", windows, 1), ("length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
             allowed = f"a whole number from {least} to {MOST:,}"
@@ -112,16 +120,16 @@ def _check_source(source) -> None:
         raise ValueError(f"source = {brief(source)} is not allowed: it must be a corpus or the path of a text file.")
 
 
-def _cut(ids: torch.Tensor, windows: int, length: int, source: str, spread: bool = False) -> torch.Tensor:
-    """``windows`` non-overlapping windows: the first ones, or spread evenly over ``ids``."""
-    _check_size(windows, length)
+def _cut(ids: torch.Tensor, windows: int, length: int, source: str) -> torch.Tensor:
+    """``windows`` windows spread evenly over ``ids``; none overlaps another."""
+    check_size(windows, length)
     available = len(ids) // length
     if available < windows:
         raise ValueError(
             f"{source!r} has {len(ids)} tokens: too short for {windows} windows of {length}. "
             "Ask for fewer or shorter windows, or name a longer text."
         )
-    starts = [(i * available // windows if spread else i) * length for i in range(windows)]
+    starts = [i * available // windows * length for i in range(windows)]
     return torch.stack([ids[s : s + length] for s in starts])
 
 

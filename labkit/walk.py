@@ -8,6 +8,7 @@ gate/up) share them. Layers are found by walking, never by a file per architectu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -53,6 +54,15 @@ class Stats:
         else:
             squares = x.square().sum(0)
             self.square_sum = squares if self.square_sum is None else self.square_sum + squares
+
+    @classmethod
+    def unseen(cls, linear: nn.Module, statistic: str) -> Stats:
+        """For a linear whose input was never seen: as if all its channels were alike, and independent. ``count`` is 0."""
+        weight = weight_of(linear)  # (out, in)
+        ones = torch.ones(weight.shape[1], device=weight.device)
+        if statistic == "hessian":
+            return cls(gram=ones.diag())
+        return cls(peak=ones) if statistic == "channel_max" else cls(square_sum=ones)
 
     def check(self, where: str) -> None:
         """Raise a ValueError that names the layer when its inputs were not all finite."""
@@ -127,23 +137,47 @@ Prepare = Callable[[nn.Module, "Flow", int], None]
 
 
 def blocks(model) -> nn.ModuleList:
-    """The decoder's list of blocks: the ModuleList that holds the most weights of linears."""
+    """The decoder's list of blocks: of the decoder's ModuleLists the one that holds the most weights, experts included."""
 
     def weights(modules: nn.ModuleList) -> int:
-        shapes = (
-            m.weight.shape if _is_conv1d(m) else (m.out_features, m.in_features)
-            for m in modules.modules()
-            if is_linear(m)
-        )
-        return sum(rows * columns for rows, columns in shapes)
+        return sum(matrix.count for matrix in matrices(modules))
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # a model that sees has other lists too
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     best = max(lists, key=weights, default=None)
     if best is None or weights(best) == 0:
         raise ValueError(
-            f"{type(model).__name__} has no list of decoder blocks with linear layers: labkit cannot walk it."
+            f"{type(model).__name__} has no list of decoder blocks with weight matrices: labkit cannot walk it."
         )
     return best
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix, or a stack of them as experts are: what compression is about."""
+
+    path: str  # of the linear or router; of a parameter with another name than "weight", its own
+    module: nn.Module  # that holds it
+    tensor: torch.Tensor | None  # None where it is not dense
+    count: int  # weights
+    nbytes: int  # stored bytes
+
+
+def matrices(module: nn.Module, prefix: str = "") -> Iterator[Matrix]:
+    """Every weight matrix in a module: of linears, and parameters of at least two dimensions (of more than one each).
+
+    So experts (experts, out, in), routers and convolutions are among them, and norms, biases, a bias for each expert
+    (experts, out) and vectors that are stored as (1, 1, width) are not.
+    """
+    for path, part in module.named_modules(prefix=prefix):
+        if isinstance(part, STORED):
+            yield Matrix(path, part, None, part.out_features * part.in_features, part.stored_nbytes)
+            continue
+        for name, tensor in part.named_parameters(recurse=False):
+            linear = is_linear(part) and name == "weight"
+            if linear or (not name.endswith("bias") and sum(size > 1 for size in tensor.shape) >= 2):
+                where = path if name == "weight" else f"{path}.{name}".lstrip(".")
+                yield Matrix(where, part, tensor, tensor.numel(), tensor.numel() * tensor.element_size())
 
 
 def path_of(module: nn.Module, model: nn.Module) -> str:
@@ -223,6 +257,11 @@ def walk(
             continue
         for name, module in list(linears(block)):
             block.set_submodule(name, compressed(name, module, Stats()))
+    if flow and flow.unseen:
+        one, *others = flow.unseen
+        named = f"{one} and {len(others)} more" if others else one
+        text = f"{what}: no input of {named} was seen in the calibration, so its channels count as if they were alike."
+        warnings.warn(text, stacklevel=3)  # past the two decorators
     del flow
     heap.trim()
 
@@ -267,6 +306,13 @@ class _Due(nn.Module):
         self.name, self.linear = name, linear
         self.done = self.product = None  # what it became, and what multiplies while batches pass
 
+    def __getattr__(self, name: str):
+        """A block that looks at a linear's weight (its dtype, or all of it, as Mamba does) sees that of what is there."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.done or self.linear, name)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.done is None:
             getcurrent().parent.switch((self.name, x))
@@ -289,6 +335,7 @@ class Flow:
         self.stack = stack
         self.extra: list[tuple[tuple, dict]] = [((), {})] * len(stack)
         self.hidden: list[torch.Tensor] = []
+        self.unseen: dict[str, None] = {}  # linears that no token came to, in the order of the blocks
         self._capture(model, calib[:1], everything=True)  # made for one window, these fit any number of them
         for ids in calib.split(max(1, BATCH[calib.device.type != "cpu"] // calib.shape[1])):
             self._capture(model, ids, everything=False)
@@ -350,8 +397,10 @@ class Flow:
                     at[i] = None  # only the batch itself now holds its input
                     at[i] = batches[i].switch()
                 due[name].product = None
-            for name, stand_in in due.items():  # an expert that no token was sent to has no statistics
-                stand_in.done = stand_in.done or each(name, stand_in.linear, Stats())
+            for name, stand_in in due.items():  # an expert without a token, or a weight that the block uses by itself
+                if stand_in.done is None:
+                    self.unseen[f"{name} in block {index}"] = None
+                    stand_in.done = each(name, stand_in.linear, Stats.unseen(stand_in.linear, statistic))
             return at
         finally:
             for batch in batches:
@@ -377,7 +426,7 @@ class Flow:
         outputs = self.visit(index, statistic, note)
         if advance:
             self.hidden = outputs
-        return {name: stats for name, stats in found.items() if stats.count}
+        return found
 
     def few(self, windows: int | None) -> torch.Tensor:
         """The hidden states of the first windows, or of all (None): (windows, length, width), which :meth:`run` takes."""

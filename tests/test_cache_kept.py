@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import tiny
 
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM, attend
@@ -141,16 +144,18 @@ def test_snapkv(text, budget, window, kernel):
 
 @pytest.mark.parametrize("budget", [14, 20, 33])
 def test_snapkv_adaptive_heads(text, budget):
+    """Budgets as in the authors' code, 80 % by the layer's best scores and 20 % even, then each head's own best."""
     window, kernel = 8, 5
     free = budget - window
     pooled = [snap(text, head, window, kernel) for head in range(KV)]
-    best = [sorted(range(len(p)), key=lambda t, p=p: -p[t]) for p in pooled]
-    chosen = [set(b[: int(0.2 * free)]) for b in best]  # the floor
-    left = sorted(
-        ((p[t], h, t) for h, p in enumerate(pooled) for t in range(len(p)) if t not in chosen[h]), reverse=True
-    )
-    for _, head, t in left[: KV * free - sum(map(len, chosen))]:
-        chosen[head].add(t)
+    best = sorted(((v, h) for h, p in enumerate(pooled) for v in p), reverse=True)[: KV * free]
+    parts = [0.8 * sum(h == head for _, h in best) + 0.2 * free for head in range(KV)]
+    sizes = [math.floor(p + 1e-9) for p in parts]
+    for head in sorted(range(KV), key=lambda h: sizes[h] - parts[h])[: KV * free - sum(sizes)]:
+        sizes[head] += 1
+    chosen = [
+        set(sorted(range(len(p)), key=lambda t, p=p: -p[t])[:size]) for p, size in zip(pooled, sizes, strict=True)
+    ]
     kept, cache = kept_by(SnapKV(budget=budget, window=window, kernel=kernel, heads="adaptive"), text)
     expected = [sorted(c | set(range(PROMPT - window, PROMPT))) for c in chosen]
     assert kept[0] == expected
@@ -242,6 +247,18 @@ def test_adaptive_of_a_short_text_is_what_it_has():
     scores = torch.rand(1, 2, 6)
     scores[..., 4:] = torch.inf  # the window
     assert adaptive(scores, 10).tolist() == [[4, 4]]
+
+
+@given(st.integers(1, 6), st.integers(0, 30), st.integers(30, 60), st.integers(0, 10**6))
+def test_adaptive_budgets_add_up_and_differ_by_less_than_the_best_scores_do(heads, tokens, there, seed):
+    """The sum is the uniform one; no head is below a fifth of it; each lies between its count of the best and the mean."""
+    scores = torch.rand(1, heads, there, generator=torch.Generator().manual_seed(seed))
+    sizes = adaptive(scores, tokens)[0]
+    best = scores.flatten().argsort(descending=True)[: heads * tokens] // there
+    count = torch.bincount(best, minlength=heads)
+    assert sizes.sum() == heads * tokens
+    assert (sizes >= math.floor(0.2 * tokens)).all()
+    assert (sizes - (0.8 * count + 0.2 * tokens)).abs().max() < 1
 
 
 def test_equal_scores_keep_the_newer():

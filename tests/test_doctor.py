@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from labkit import assets, cli, doctor, embedded, paths
+from labkit import assets, cli, doctor, embedded, install, paths
 from labkit.results import Store, StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,13 +134,13 @@ def test_the_bounds_are_those_of_pyproject():
     assert {"core", "kernels", "lab", "test"} <= needed.keys()
     assert {"torch", "transformers", "numpy"} <= {r.name for r in needed["core"]}
     assert all(str(r.specifier).startswith(">=") for group in needed.values() for r in group)
-    assert not any(r.name == "labkit" for group in needed.values() for r in group)
+    assert not any(r.name.startswith("labkit") for group in needed.values() for r in group)
 
 
 def test_an_installed_labkit_tells_the_same_bounds(monkeypatch):
     """Without a pyproject.toml the bounds come from the installed metadata."""
     listed = {group: {str(r) for r in found} for group, found in doctor.needed().items()}
-    monkeypatch.setattr(doctor, "__file__", str(Path(os.devnull).parent / "site-packages" / "labkit" / "doctor.py"))
+    monkeypatch.setattr(install, "__file__", str(Path(os.devnull).parent / "site-packages" / "labkit" / "install.py"))
     lines = []
     for group, found in listed.items():
         for text in found:
@@ -149,7 +149,7 @@ def test_an_installed_labkit_tells_the_same_bounds(monkeypatch):
             marker = " and ".join(filter(None, [marker, extra]))
             lines.append(f"{base}; {marker}" if marker else base)
     about = type("About", (), {"get_all": lambda self, name: lines, "__getitem__": lambda self, name: ">=3.10"})()
-    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: about)
+    monkeypatch.setattr(importlib.metadata, "metadata", {install.DISTRIBUTION: about}.get)
     found = doctor.needed()
     assert {group: {r.name for r in requirements} for group, requirements in found.items()} == {
         group: {r.split(">")[0] for r in requirements} for group, requirements in listed.items()
@@ -336,11 +336,12 @@ def test_a_model_that_is_fetched_but_not_converted(cache):
 
 
 def converted(cache: Path) -> Path:
-    """A folder with the three files that a converted model has, all of them rubbish."""
+    """A complete folder with the three files that a converted model has, all of them rubbish."""
     folder = cache / f"{embedded.NAME}-v{embedded.VERSION}"
     folder.mkdir(parents=True)
     for name in embedded.FILES:
         (folder / name).write_text("rubbish")
+    embedded.seal(folder)
     return folder
 
 
@@ -348,7 +349,7 @@ def test_a_converted_model_that_is_damaged_is_told_and_left_as_it_is(cache):
     folder = converted(cache)
     found = line(doctor.model)
     assert found.status == doctor.PROBLEM and "cannot be read" in found.found and found.todo == "labkit fetch"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(embedded.FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*embedded.FILES, embedded.MADE])
 
 
 def test_a_model_that_predicts_nan(cache, monkeypatch, tiny_lm):
@@ -541,7 +542,7 @@ def site(monkeypatch):
 
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self):
-            server.wait.wait(10)
+            server.wait.wait(120)
             self.send_response(server.status)
             self.end_headers()
 
@@ -572,13 +573,10 @@ def test_a_hub_that_answers(site, status, expected):
 
 
 def test_a_hub_that_is_silent_costs_little_and_is_only_a_note(site, monkeypatch):
-    import time
-
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
     site.wait.clear()
-    start = time.perf_counter()
     found = line(doctor.hub)
-    assert time.perf_counter() - start < 3
+    assert not site.wait.is_set(), "it has not waited for the answer, which never came"
     assert found.status == doctor.NOTE and "does not answer" in found.found and "need no network" in found.found
 
 

@@ -31,6 +31,19 @@ def test_pack_refuses_what_does_not_fit():
         pack(torch.zeros(1, 1, dtype=torch.uint8), 9)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_weight_of_a_symmetric_group_errs_by_half_a_step(bits):
+    """As in GPTQ's code: the scale is 2 · max|w| over the largest code, so both signs lie half a step off the grid."""
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(bits))
+    q = Integer(bits, 64, symmetric=True).encode(weight)
+    step = 2 * weight.double().abs().amax(1) / ((1 << bits) - 1)
+    assert torch.allclose(q.scale[:, 0].double(), step, rtol=1e-3)
+    left = (weight.double() - q.decode().double()).abs()
+    largest = left.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0]
+    assert torch.allclose(largest / step, torch.full((50,), 0.5, dtype=torch.float64), atol=2e-3 * (1 << bits))
+    assert (left.amax(1) <= step * (0.5 + 2e-3 * (1 << bits))).all()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 8), st.sampled_from([None, 8, 16, 48, 64]), st.booleans(), st.integers(0, 2**31))
 def test_nearest_grid_value(bits, group_size, symmetric, seed):

@@ -112,6 +112,17 @@ def test_nvfp4_against_ml_dtypes():
     np.testing.assert_array_equal(encoded.decode().numpy(), (codes.astype(np.float32) * step).reshape(7, 80))
 
 
+def test_how_often_the_largest_weight_of_a_block_saturates():
+    """A power of two leaves it anywhere below 8; an E4M3 scale is off by a sixteenth at most, either way."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    mx, nv = MXFP4(), NVFP4()
+    high = mx.groups(weight).abs().amax(-1) / mx.fit(mx.groups(weight))[0]
+    assert 0.27 < (high > 6).float().mean() < 0.32 and 0.14 < (high > 7).float().mean() < 0.2 and high.max() < 8
+    scale, tensor_scale = nv.fit(nv.groups(weight))
+    high = nv.groups(weight).abs().amax(-1) / (scale * tensor_scale)
+    assert 0.45 < (high > 6).float().mean() < 0.55 and high.max() <= 6.375 * (1 + 1e-6)
+
+
 def test_nvfp4_keeps_blocks_far_below_the_largest():
     weight = torch.cat([torch.full((1, 16), 1e3), torch.full((1, 16), 1e-3)], 1)
     assert torch.isfinite(NVFP4().encode(weight).decode()).all()

@@ -56,6 +56,16 @@ def test_values_are_normal_quantiles():
     torch.testing.assert_close(NF4().levels().double(), expected / expected.max(), atol=1e-6, rtol=0)
 
 
+def test_codes_are_not_used_equally_often():
+    """A block's largest weight is no quantile: normal weights use some codes 5 times as often (Yoshida, arXiv:2306.06965)."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    codes = NF4(double_quant=False).encode(weight).codes().flatten().int()
+    share = torch.bincount(codes, minlength=16) / weight.numel()
+    assert 0.015 < share.min() < 0.02 and 0.085 < share.max() < 0.1
+    assert -(share * share.log2()).sum() == pytest.approx(3.88, abs=0.01)
+    assert (NF4().levels() < 0).sum() == 7 and (NF4().levels() > 0).sum() == 8
+
+
 @pytest.mark.parametrize("shape", [(576, 576), (1536, 576), (3, 64)])
 def test_true_bits(shape):
     blocks = shape[0] * shape[1] // 64

@@ -90,10 +90,12 @@ def test_damaged_cache_is_made_again(lm, tmp_path, monkeypatch, capsys):
     shutil.copytree(real / "assets", tmp_path / "assets", copy_function=os.link)
     folder = embedded.folder(progress=False)
     weights = folder / "model.safetensors"
-    weights.write_bytes(b"\0" * 1000)
+    with weights.open("r+b") as file:
+        file.write(b"\xff" * 8)  # the length of the header; every file has its size
     again = labkit.load()
-    assert "is damaged; it is made again" in capsys.readouterr().out
-    assert again.fingerprint == lm.fingerprint
+    assert "is damaged; it is kept as" in capsys.readouterr().out
+    assert again.fingerprint == lm.fingerprint and embedded.intact()
+    assert oct(weights.stat().st_mode & 0o777) == oct(0o666 & folder.stat().st_mode)
 
 
 def test_generate(lm):

@@ -43,7 +43,7 @@ def requirements(python="3.11") -> dict[str, Requirement]:
     groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
     found = [Requirement(line) for group in groups for line in group]
     found = [r for r in found if r.marker is None or r.marker.evaluate({"python_version": python})]
-    return {canonicalize_name(r.name): r for r in found if r.name != "labkit"}
+    return {canonicalize_name(r.name): r for r in found if r.name != project()["name"]}
 
 
 def pins() -> dict[str, str]:
@@ -92,7 +92,7 @@ def test_the_pins_are_plain_sorted_and_portable():
         name, version = line.split("==")
         assert re.fullmatch(r"[A-Za-z0-9._-]+", name), line
         assert Version(version).local is None, f"{line}: other machines have no build with this local tag"
-    assert "labkit" not in pins()
+    assert project()["name"] not in pins()
     assert len(pins()) == len(lines), "a package is pinned twice"
 
 
@@ -161,14 +161,14 @@ def test_the_wheel_holds_the_package_and_its_data(wheel):
             assert f"labkit/{relative}" in names
         elif relative.startswith("labkit/"):
             assert relative in names
-    assert {name.split("/")[0] for name in names} == {"labkit", "labkit-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"labkit", "labkit_llm-0.1.0.dist-info"}
 
 
 def test_the_wheel_has_the_command_and_the_license(wheel):
     scripts = configparser.ConfigParser()
-    scripts.read_string(wheel.read("labkit-0.1.0.dist-info/entry_points.txt").decode())
+    scripts.read_string(wheel.read("labkit_llm-0.1.0.dist-info/entry_points.txt").decode())
     assert scripts["console_scripts"]["labkit"] == "labkit.cli:main"
-    assert "Apache License" in wheel.read("labkit-0.1.0.dist-info/licenses/LICENSE").decode()
+    assert "Apache License" in wheel.read("labkit_llm-0.1.0.dist-info/licenses/LICENSE").decode()
 
 
 def test_the_wheel_has_the_texts_and_the_licence_of_the_manual(wheel):
@@ -216,6 +216,63 @@ def test_ci_runs_make_test():
     assert re.search(r"^exec make test$", read(".ci/run"), re.M)
     steps = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == ["bash .ci/run"]
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load(read(f".github/workflows/{name}.yml"))["jobs"]
+
+
+def commands(job: dict) -> list[str]:
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def test_there_is_a_job_for_each_system_and_each_python():
+    jobs = workflow("test")
+    assert jobs["systems"]["strategy"]["matrix"]["os"] == ["windows-latest", "macos-latest"]
+    assert not any(re.search(r"\bmake\b|\.ci/run", line) for line in commands(jobs["systems"]))
+    pythons = {"3.11", *jobs["pythons"]["strategy"]["matrix"]["python"]}  # 3.11 has the pinned versions
+    assert pythons == {f"3.{minor}" for minor in range(10, 15)}
+    assert Version(min(pythons, key=Version)) in Requirement("x" + project()["requires-python"]).specifier
+    assert "constraints.txt" not in " ".join(commands(jobs["pythons"]))
+
+
+def test_there_is_a_job_for_the_lower_bounds():
+    (install,) = [line for line in commands(workflow("test")["lowest"]) if "--resolution" in line]
+    assert "--resolution lowest-direct" in install and '-e ".[lab,test]"' in install
+    assert "constraints.txt" not in install
+
+
+@pytest.mark.parametrize("job", ["systems", "pythons", "lowest"])
+def test_what_the_jobs_select_exists(job):
+    (line,) = [line for line in commands(workflow("test")[job]) if "pytest" in line]
+    marks = set(re.findall(r"not (\w+)", line))
+    known = {
+        text.partition(":")[0]
+        for text in tomllib.loads(read("pyproject.toml"))["tool"]["pytest"]["ini_options"]["markers"]
+    }
+    assert marks == {"model", "notebook", "browser"} and marks <= known
+
+
+def test_the_pins_suit_every_python_that_make_accepts():
+    """Also Debian's 3.11.2: no pinned package that is installed here asks for a later patch release."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    for name, pinned in pins().items():
+        try:
+            found = metadata(name)
+        except PackageNotFoundError:
+            continue
+        if found["Version"] == pinned and found["Requires-Python"]:
+            assert Requirement(f"x{found['Requires-Python']}").specifier.contains("3.11.0"), f"{name}=={pinned}"
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """PyPI's labkit is another project; nothing but the import has its name."""
+    from labkit.install import DISTRIBUTION
+
+    assert project()["name"] == DISTRIBUTION != "labkit"
+    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
+    assert "labkit" not in {Requirement(line).name for group in groups for line in group}
 
 
 def test_the_weekly_run_is_unpinned():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from labkit import Magnitude, SparseGPT, Wanda
 from labkit.formats import Integer
 from labkit.measure.memory import bits_per_weight
-from labkit.prune.allocate import spread
+from labkit.prune.allocate import outliers, spread
 from labkit.prune.common import keep_mask, nm_mask, parse_pattern
 from labkit.prune.repair import repaired
 from labkit.prune.sparsegpt import sparsegpt
@@ -302,6 +302,16 @@ def test_allocation_keeps_the_mean_and_spares_the_worthy(blocks, sparsity):
     assert all(-1e-9 <= s <= 1 + 1e-9 for s in shares)
     for (a, s), (b, t) in itertools.combinations(zip(worth, shares), 2):
         assert (a - b) * (s - t) <= 1e-9
+
+
+def test_owl_counts_outliers_against_one_mean_of_the_whole_block():
+    """As the authors' code: all scores of the block in one row, one mean, the share above five times that."""
+    draw = torch.Generator().manual_seed(0)
+    quiet, loud = torch.rand(40, 30, generator=draw), 8 * torch.rand(10, 30, generator=draw)
+    joined = torch.cat([quiet.flatten(), loud.flatten()]).double()
+    expected = (joined > 5 * joined.mean()).double().mean().item()
+    assert outliers([quiet, loud]) == pytest.approx(expected) and expected > 0
+    assert outliers([quiet]) == outliers([loud]) == 0  # neither has outliers of its own
 
 
 @pytest.mark.parametrize("allocation", ["owl", "sensitivity"])

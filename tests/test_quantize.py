@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import labkit
 from labkit.fold import folds
 from labkit.formats import Affine, Integer
 from labkit.linear import W8A8Linear
+from labkit.measure import memory
 from labkit.quantize.awq import best_factors, clipped
 from labkit.quantize.gptq import gptq
-from labkit.quantize.hqq import P, hqq
+from labkit.quantize.hqq import BETA, P, hqq, shrunk
 from labkit.quantize.smoothquant import smoothing
 from labkit.walk import Flow, Stats, blocks, walk
 
@@ -76,6 +81,23 @@ def test_gptq_equals_brute_force(bits, group_size, columns, act_order):
     different = np.abs(found - truth) > 1e-6
     # A weight that lies on the middle between two codes may fall to either side in fp32, and its row goes on from there.
     assert different.any(axis=1).mean() <= 0.1
+
+
+def test_the_papers_order_fits_each_grid_when_its_group_comes():
+    """act_order=False: a group's grid spans the updated weights; with act-order it spans the weights as they were."""
+    weight, x, form, before = weights(12, 64), inputs(400, 64), Integer(3, 16), {}
+
+    def watch(done, columns):
+        if done % 16 == 0 and done < 64:
+            before[done] = columns[done : done + 16].T.clone()  # the next group, as it is when its turn comes
+
+    scale = gptq(weight, stats_of(x), form, False, watch=watch).tensors()["scale"].float()
+    for done, group in before.items():
+        torch.testing.assert_close(scale[:, done // 16], form.fit(group[:, None])[0][:, 0], rtol=1e-3, atol=1e-6)
+    as_it_was = form.fit(form.groups(weight))[0]
+    static = gptq(weight, stats_of(x), form, True).tensors()["scale"].float()
+    torch.testing.assert_close(static, as_it_was, rtol=1e-3, atol=1e-6)
+    assert ((scale - as_it_was).abs() > 1e-2 * as_it_was)[:, 1:].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -187,6 +209,37 @@ def test_clipping_lowers_the_error_of_every_group(group_size, columns):
         assert (errors["clip"] <= errors["whole"] * 1.0001).all()
 
 
+# --- AWQ and GPTQ together
+
+
+def same(one, other) -> bool:
+    ids = torch.arange(32)[None]
+    return torch.equal(one.model(ids).logits, other.model(ids).logits)
+
+
+def test_without_scaling_and_clipping_the_hybrid_is_gptq(tiny_lm):
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    plain, parts = {"bits": 3, "group_size": 16}, {"scale": False, "clip": False}
+    made = {m: m(tiny_lm, ids, progress=False) for m in (labkit.GPTQ(**plain), labkit.AWQGPTQ(**plain, **parts))}
+    assert same(*made.values())
+    for part in parts:
+        one = labkit.AWQGPTQ(**plain, **parts | {part: True})(tiny_lm, ids, progress=False)
+        assert not same(one, made[labkit.GPTQ(**plain)]), part
+
+
+def test_without_compensation_the_hybrid_is_awq(tiny_lm, monkeypatch):
+    monkeypatch.setattr(labkit.quantize.awq, "UNCLIPPED", ())  # AWQ leaves q and k unclipped, the hybrid does not
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
+    knobs = {"bits": 3, "group_size": 16}
+    made = labkit.AWQGPTQ(**knobs, compensate=False)(tiny_lm, ids, progress=False)
+    assert same(made, labkit.AWQ(**knobs)(tiny_lm, ids, progress=False))
+
+
+def test_the_default_gptq_is_the_fields(tiny_lm):
+    assert set(labkit.AWQGPTQ.knobs()) - set(labkit.GPTQ.knobs()) == {"scale", "clip"}
+    assert labkit.GPTQ() == labkit.GPTQ(act_order=True, damp=0.01, compensate=True)
+
+
 # --- SmoothQuant
 
 
@@ -233,10 +286,37 @@ def test_hqq_lowers_its_own_error(bits):
     weight, form = draw.sample((64, 128)) * 0.1, Affine(bits, 64)
 
     def error(encoded) -> float:
-        return (weight - encoded.decode()).abs().pow(P).mean().item()
+        return (weight - encoded.decode()).abs().mean().item()
 
     assert error(hqq(weight, form)) < error(form.encode(weight))
     assert torch.equal(hqq(weight, form, steps=0).tensors()["packed"], form.encode(weight).tensors()["packed"])
+
+
+@given(st.floats(-2, 2), st.floats(1, 1000))
+def test_hqq_shrinks_only_what_is_above_its_threshold(x, beta):
+    """0.170 at the authors' β = 10: the residuals of 4-bit weights stay below it."""
+    e = float(shrunk(torch.tensor([x], dtype=torch.float64), beta))
+    if abs(x) < beta ** (-1 / (2 - P)):
+        assert e == 0
+    else:
+        assert e == pytest.approx(math.copysign(abs(x) - abs(x) ** (P - 1) / beta, x), abs=1e-9)
+    threshold = BETA ** (-1 / (2 - P))
+    assert threshold == pytest.approx(0.170, abs=5e-4)
+
+
+def test_hqq_at_4_bits_is_least_squares():
+    """With residuals below the threshold one step sets each minimum to the mean of w - code · scale."""
+    torch.manual_seed(0)
+    weight, form = 0.1 * torch.randn(32, 128), Affine(4, 64)
+    groups = form.groups(weight)
+    scale, minimum = form.fit(groups)
+    codes = form.quantize(groups, (scale, minimum)).double()
+    assert not shrunk(groups - form.dequantize(codes, (scale, minimum))).any()
+    left = groups.double() - codes * scale[..., None]
+    moved = left.mean(-1)
+    assert ((left - moved[..., None]).square().sum(-1) <= (left - minimum[..., None]).square().sum(-1)).all()
+    found = hqq(weight, form, steps=1).params()[1]
+    assert (found - moved).abs().max() < 1e-3 * weight.abs().max()  # as fp16 stores it
 
 
 # --- mixed precision
@@ -258,10 +338,32 @@ def test_the_budget_goes_where_it_saves_most():
     assert set(allocate(damage, errors, sizes, 8.0).values()) == {8}
 
 
+def test_the_width_between_widths_is_rounded_half_up():
+    from labkit.quantize.mixed import middle_width
+
+    widths = [middle_width(2 + i / 4) for i in range(25)]
+    assert [middle_width(b) for b in (2.25, 2.5, 3.25, 3.5, 4.5, 8.0)] == [2, 3, 3, 4, 5, 8]
+    assert widths == sorted(widths) and {widths.count(w) for w in range(3, 8)} == {4}
+
+
+@pytest.mark.parametrize("bits, group_size", [(3.5, 64), (5.0, 16)])
+def test_the_budget_counts_codes_and_the_help_says_what_is_held(tiny_lm, bits, group_size):
+    ids = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    made = labkit.MixedPrecision(bits=bits, group_size=group_size)(tiny_lm, ids, progress=False)
+    layers = [m for m in made.model.modules() if hasattr(m, "format")]
+    weights = sum(m.in_features * m.out_features for m in layers)
+    codes = sum(m.format["bits"] * m.in_features * m.out_features for m in layers) / weights
+    assert bits - 0.3 < codes <= bits
+    groups = sum(m.out_features * -(-m.in_features // group_size) for m in layers) / weights
+    assert memory.bits_per_weight(made) == pytest.approx(codes + (16 + codes) * groups, rel=0.02)
+    assert "3.8 held at groups of 64" in labkit.MixedPrecision.knobs()["bits"].help
+    assert round(3.5 + (16 + 3.5) / 64, 1) == 3.8
+
+
 def test_mixed_precision_beats_an_even_spread_at_equal_bits(tiny_lm):
     ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))
     made = labkit.MixedPrecision(bits=3.0, group_size=16)(tiny_lm, ids, progress=False)
-    even = labkit.GPTQ(bits=3, group_size=16)(tiny_lm, ids, progress=False)
+    even = labkit.AWQGPTQ(bits=3, group_size=16)(tiny_lm, ids, progress=False)
     used = [m.format["bits"] for m in made.model.modules() if hasattr(m, "format")]
     assert len(set(used)) > 1
     assert made.nbytes <= even.nbytes

@@ -139,13 +139,36 @@ def test_links_lead_somewhere():
         assert (ROOT / notebook.replace("%2F", "/")).is_file(), notebook
 
 
-def test_colab_installs_from_the_repository_of_the_links():
-    from labkit.colab import FIRST_CELL
+def test_the_badges_are_those_that_make_links_writes():
+    from labkit import links
 
-    owners = re.findall(r"/(?:gh|github|github\.com)/([\w-]+/[\w-]+)", TEXT) + re.findall(
-        r"github\.com/([\w-]+/[\w-]+)", FIRST_CELL
-    )
-    assert len(owners) >= 3 and len(set(owners)) == 1
+    (between,) = re.findall(f"{re.escape(links.OPEN)}(.*?){re.escape(links.CLOSE)}", TEXT, re.S)
+    assert between == links.badges()
+
+
+def test_the_commands_without_make_are_those_of_the_makefile():
+    """What `make lab` runs and what the README has for PowerShell differ in where .venv's programs are, and in quotes."""
+    import yaml
+
+    from labkit import install
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = code("Start", "powershell").splitlines()
+    made, installed, fetched, opened = lines
+    assert re.fullmatch(r"py -3\.\d+ -m venv \.venv", made)
+    extras = re.search(r"-e '(\.\[[\w,]+\])'", makefile).group(1)
+    assert installed == rf'.venv\Scripts\python -m pip install -c constraints.txt -e "{extras}"'
+    assert fetched == r".venv\Scripts\labkit fetch" and "$(BIN)/labkit fetch" in makefile
+    flags = re.search(r"jupyter-lab \$\$root (.*) \$\(LAB_FLAGS\)", makefile).group(1)
+    assert opened == rf".venv\Scripts\jupyter-lab {flags}"
+    assert set(extras[2:-1].split(",")) <= install.needed().keys()
+    pinned = re.search(r"python=(\S+)", (ROOT / "environment.yml").read_text(encoding="utf-8")).group(1)
+    assert made.split()[1] == f"-{pinned}"
+    steps = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))["jobs"]["systems"][
+        "steps"
+    ]
+    run = [step["run"] for step in steps if "run" in step]
+    assert run[0] == installed.replace(".venv\\Scripts\\", "") and run[1] == "labkit fetch"
 
 
 def test_the_make_targets_and_variables_exist():

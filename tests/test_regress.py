@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit import regress, report
+from labkit import _files, regress, report
 from labkit.regress import Metric, Report, Result, compare, find, run
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -93,6 +93,49 @@ def test_a_notebook_that_agrees(tmp_path, go, monkeypatch):
     executed = nbformat.read(tmp_path / "out" / "passing.ipynb", as_version=4)
     assert executed.cells[-1].execution_count, "the executed notebook is kept"
     assert 'PROFILE = "full"' in path.read_text().replace("\\", ""), "the notebook itself is as it was"
+
+
+@pytest.mark.notebook
+def test_cpu_seconds_are_those_of_the_kernel_and_what_it_starts(tmp_path, go):
+    """One second of work, one of work in a child, one of sleep: what a busy machine adds to the wall is not in them."""
+    burn = "import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    path = notebook(
+        tmp_path / "burning.ipynb",
+        burn,
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r} + '\\ntime.sleep(1)'], check=True)",
+        "import time; time.sleep(1)",
+    )
+    (result,) = go(path).results
+    assert result.problems == []
+    assert 1.9 < result.cpu < (os.cpu_count() or 1) * result.seconds + 0.1
+    assert result.busy is None or 0 <= result.busy <= 1
+    assert 0 < result.alone <= result.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu", "busy", "cores", "alone"),
+    [
+        (80, 120, 0.0, 2, 80),
+        (95, 120, 0.05, 2, 95),  # quiet: wall seconds count, however little of it was work
+        (95, 120, None, 2, 95),  # as they do where nobody can tell
+        (320, 150, 0.6, 2, 75),  # busy: its work takes two cores 75 s
+        (320, 200, 0.6, 2, 100),
+        (320, 150, 0.6, 1, 150),
+        (320, 150, 0.6, 16, 75),  # the budget is for two cores, also on more
+        (60, 119, 0.2, 2, 59.5),
+    ],
+)
+def test_time_on_a_busy_machine_is_what_its_own_work_explains(monkeypatch, seconds, cpu, busy, cores, alone):
+    monkeypatch.setattr(regress, "cores", lambda: cores)
+    result = Result("a", seconds=seconds, cpu=cpu, busy=busy)
+    assert result.alone == alone
+    regress._budget(result, Report("quick", 90, None, Path("out")))
+    assert bool(result.over) == (alone > 90)
+    if alone > 90 and busy == 0.6:
+        assert result.over == [
+            f"It took 320 s while others took 60 % of the cores; its {cpu} s of CPU time alone need {alone} s, over the "
+            "budget of 90 s."
+        ]
 
 
 @pytest.mark.notebook
@@ -450,5 +493,5 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        regress.write_whole(target, "after")
+        _files.write_text(target, "after")
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]

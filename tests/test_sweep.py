@@ -66,7 +66,7 @@ class Measure:
         quality = {text: Quality(lm.weight, 0.0, windows * length) for text in texts}
         speed = Latency(1.0, 0.0, 512, 1.0, 0.0, 1) if latency else None
         return Measurement(
-            lm.name, lm.history[-1] if lm.history else "uncompressed", quality, Memory(1, 1, 4.0, 1), speed, "cpu"
+            lm.name, lm.history[-1] if lm.history else "uncompressed", quality, Memory(1, 1, 4.0, 1, 1), speed, "cpu"
         )
 
     @property

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from labkit import paths, shipped, text
+import labkit
+from labkit import paths, probe, shipped, text, walk
 
 
 def ngrams(windows, n=120):
@@ -41,6 +42,69 @@ def test_self_and_mixed(tiny_lm, tmp_path, monkeypatch):
     assert list((tmp_path / "self").glob("*.safetensors"))
     mixed = text.calibration(tiny_lm, 5, 16, progress=False)
     assert mixed.shape == (5, 16)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_mixed_windows_take_turns(tiny_lm, tmp_path, monkeypatch, count):
+    """Whoever looks at the first few of them sees both texts: manual, self, manual, self, …"""
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
+
+    def windows(source, count):
+        return text.calibration(tiny_lm, count, 16, 1, source, progress=False)
+
+    mixed, manual = windows("mixed", count), windows("manual", count - count // 2)
+    assert mixed.shape == (count, 16) and torch.equal(mixed[::2], manual)
+    if count > 1:
+        assert torch.equal(mixed[1::2], windows("self", count // 2))
+
+
+@pytest.mark.parametrize("few", [2, 4])
+def test_the_first_few_hidden_states_are_of_both_texts(tiny_lm, tmp_path, monkeypatch, few):
+    """What AWQ's search and the folds look at, in batches that hold more than one window or less than few."""
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
+    mixed = text.calibration(tiny_lm, 6, 16, progress=False)
+    parts = [text.calibration(tiny_lm, 3, 16, source=source, progress=False) for source in ("manual", "self")]
+    embedding = tiny_lm.model.get_input_embeddings()
+    for batch in (16, 48, 1024):
+        monkeypatch.setattr(walk, "BATCH", (batch, batch))
+        seen = walk.Flow(tiny_lm.model, walk.blocks(tiny_lm.model), mixed).few(few)
+        assert torch.equal(seen[::2], embedding(parts[0][: few // 2]))
+        assert torch.equal(seen[1::2], embedding(parts[1][: few // 2]))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [labkit.MixedPrecision(), labkit.Wanda(allocation="sensitivity"), labkit.AWQ(), labkit.AWQGPTQ()],
+    ids=repr,
+)
+def test_whoever_probes_on_a_few_windows_sees_both_texts(tiny_lm, monkeypatch, method):
+    first, second = torch.full((4, 300), 1), torch.full((4, 300), 2)
+    mixed = text._interleaved(first, second)
+    seen, few, begin = [], walk.Flow.few, probe.Probe.__init__
+
+    def looked(self, windows):
+        seen.append(windows)
+        return few(self, windows)
+
+    def begun(self, lm, ids):
+        seen.append(ids.unique().tolist())
+        begin(self, lm, ids)
+
+    monkeypatch.setattr(walk.Flow, "few", looked)
+    monkeypatch.setattr(probe.Probe, "__init__", begun)
+    method(tiny_lm, mixed, progress=False)
+    assert seen and all(s == [1, 2] or (isinstance(s, int) and s >= 2) for s in seen)
+
+
+@pytest.mark.model
+def test_the_hash_of_the_default_calibration_is_that_of_both_parts_in_turns(lm):
+    """Of the embedded model, whose own text ships: the same windows and the same hash every time."""
+    found = [text.calibration(lm, 8, 512) for _ in range(2)]
+    assert text.fingerprint(found[0]) == text.fingerprint(found[1])
+    assert torch.equal(found[0][:4], text.calibration(lm, 4, 512))  # fewer windows are the first of more
+    parts = [text.calibration(lm, 4, 512, source=source) for source in ("manual", "self")]
+    assert text.fingerprint(found[0]) == text.fingerprint(torch.stack(parts, 1).flatten(0, 1))
+    assert text.fingerprint(found[0]) != text.fingerprint(torch.cat(parts))
 
 
 def test_prose_is_long_enough():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+import labkit
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.measure.roofline import Accelerator, Roofline
 from labkit.method import Knob, Method, Recipe, knob
@@ -55,44 +58,79 @@ class Plain(Method):
     """Has no knobs."""
 
 
+@dataclass(frozen=True)
+class Evict(Method):
+    """Keeps fewer tokens."""
+
+    kind = "cache"
+
+
 class Model:
     name, fingerprint = "tiny", "f" * 16
+    model = SimpleNamespace(modules=list, config=SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, bits=None):
         self.bits = bits
 
 
-def made(bits=None, *, decode=2.6, prefill=0.8, kl=0.3, iqr=1.0, kv=1000, factor=1.3, **more):
-    """A measurement with made-up numbers; ``bits=None`` is the uncompressed model."""
+def around(mean: float, spread: float = 0.02) -> list[float]:
+    """Eight windows with this mean, in a pattern that two made-up measurements share."""
+    return [mean * (1 + spread * step) for step in (-3, 3, -2, 2, -1, 1, 0, 0)]
+
+
+def text_of(ppl, kl=None, run=None, windows=True, tokens=4096) -> Quality:
+    """A text's quality with made-up numbers, and values of eight windows unless ``windows`` is False."""
+    by = {"nll": math.log(ppl)} | ({"kl": kl, "top1": 0.76} if kl is not None else {})
+    by |= {} if run is None else {"kl_run": run}
+    more = {} if kl is None else {"kl": kl, "kl_se": kl / 20, "top1": 0.76, "top1_se": 0.01}
+    more |= {} if run is None else {"kl_run": run, "kl_run_se": run / 20}
+    known = {name: around(value) for name, value in by.items()} if windows and math.isfinite(ppl) else {}
+    return Quality(ppl, 0.5, tokens, **more, per_window=known)
+
+
+def made(bits=None, *, decode=2.6, prefill=0.8, kl=0.3, run=None, spread=0.05, kv=1_000_000, factor=1.3, **more):
+    """A measurement with made-up numbers; ``bits=None`` is the uncompressed model. ``spread``: of the ratios, ±."""
     base = bits is None
     size = 400_000_000 if base else int(400_000_000 * bits / 32)
 
-    def quality(ppl, kl):
-        if base:
-            return Quality(ppl, 0.5, 4096)
-        return Quality(ppl * factor, 0.6, 4096, kl, kl and kl / 20, None if kl is None else 0.76, 0.01)
+    def quality(ppl, kl, run):
+        return text_of(ppl) if base else text_of(ppl * factor, kl, run)
+
+    def around_ratio(x):
+        return None if base or x is None or spread is None else [x - spread, x + spread]
 
     times = Latency(
         800 if base else 800 / (prefill or 1),
         20,
         512,
         50 if base else 50 / (decode or 1),
-        iqr,
+        1.0,
         1,
         None if base else prefill,
         None if base else decode,
+        around_ratio(prefill),
+        around_ratio(decode),
+        rounds=15,
     )
+    texts = {"manual": quality(15.0, kl, run), "prose": quality(20.0, kl and 2 * kl, run and 2 * run)}
     return replace(
         Measurement(
             "tiny",
             "uncompressed" if base else f"Round(bits={bits})",
-            {"manual": quality(15.0, kl), "prose": quality(20.0, None if kl is None else 2 * kl)},
-            Memory(size + 100_000_000, size, 32.0 if base else bits + 0.5, kv),
+            texts,
+            Memory(size + 100_000_000, size, 32.0 if base else bits + 0.5, kv, 1000),
             times,
             "cpu",
         ),
         **more,
     )
+
+
+def as_graph(m, ratio=None, ms=10.0, context=16):
+    """The same measurement, timed as one graph too."""
+    spread = ratio and [ratio - 0.1, ratio + 0.1]
+    engine = Latency(400.0, 10, 512, ms, 0.2, 2, ratio, ratio, spread, spread, context, 15)
+    return replace(m, engine=engine, memory=replace(m.memory, engine=70_000_000))
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -102,28 +140,71 @@ def test_the_sentence_of_a_gain_and_a_loss():
     v = view(Round(bits=4), made(), made(4))
     head, pace, accuracy = v.sentences
     assert head.startswith("At 4 bits with groups of 64, clip 1, order rows, layers all, name plain, ")
-    assert "the linear layers shrink to 12 % of their bytes (4.50 bits per weight, metadata included)" in head
-    assert pace == "Decode is 2.6x as fast; prefill is slower: 0.80x the speed of the uncompressed model."
+    shrunk = "shrink to 12 % of their bytes in fp32, or 25 % of those in 16 bits (modelled), at 4.50 bits per weight, "
+    assert f"the linear layers {shrunk}metadata included." in head
+    assert pace == (
+        "Run eagerly, decode is 2.6x as fast as the uncompressed model; prefill is slower: 0.80x the speed of the "
+        "uncompressed model."
+    )
     assert "KL grows from 0 to 0.30 on the manual and 0.60 on the prose" in accuracy
-    assert "perplexity goes from 15.0 to 19.5 on the manual and from 20.0 to 26.0 on the prose" in accuracy
+    assert (
+        "perplexity goes from 15.0 to 19.5 on the manual (worse) and from 20.0 to 26.0 on the prose (worse)" in accuracy
+    )
     assert "the same in 76 % of places" in accuracy
 
 
 @pytest.mark.parametrize(
-    "speed, iqr, says",
+    "speed, spread, says",
     [
-        (2.6, 1.0, "decode is 2.6x as fast"),
-        (1.10, 1.0, "decode is 1.10x as fast"),
-        (1.02, 0.1, "decode is no faster: 1.02x"),
-        (1.10, 20.0, "decode is no faster: 1.10x"),  # a gain inside the spread of the timing is no gain
-        (0.97, 20.0, "decode is no faster: 0.97x"),
-        (0.5, 1.0, "decode is slower: 0.50x the speed"),
-        (None, 1.0, "decode takes 50.0 ms per token (not timed beside"),
+        (2.6, 0.1, "decode is 2.6x as fast as the uncompressed model"),
+        (1.02, 0.01, "decode is 1.02x as fast"),  # a small gain in every other round is a gain
+        (1.10, 0.2, "decode is no faster than the uncompressed model: 1.10x (quartiles 0.90 to 1.30)"),
+        (0.97, 0.2, "decode is no faster than the uncompressed model: 0.97x"),
+        (1.004, 0.001, "decode is no faster than the uncompressed model: 1.00x"),
+        (0.5, 0.1, "decode is slower: 0.50x the speed of the uncompressed model"),
+        (1.02, None, "decode is no faster than the uncompressed model: 1.02x;"),  # a row without quartiles
+        (1.10, None, "decode is 1.10x as fast"),
+        (None, 0.1, "decode takes 50.0 ms per token (not timed beside"),
     ],
 )
-def test_direction_is_told_as_it_is(speed, iqr, says):
-    m = made(4, decode=speed, iqr=iqr)
-    assert says in words.latency(m).lower()
+def test_direction_is_told_by_the_quartiles_of_the_ratio(speed, spread, says):
+    assert says in words.latency(made(4, decode=speed, spread=spread)).lower()
+
+
+def test_a_graph_is_compared_with_a_graph():
+    base, m = as_graph(made(), ms=12.0), as_graph(made(4), 2.1, ms=12 / 2.1)
+    assert words.latency(m).endswith("run as one graph, decode is 2.1x as fast as the uncompressed graph.")
+    figure = view(Round(), base, m).latency
+    assert {n.text for n in figure.layout.annotations} == {"0.80x", "2.1x", "2.6x"}
+    compressed = figure.data[3]
+    assert compressed.x == ("eager", "graph") and compressed.y[1] == pytest.approx(12 / 2.1)
+    assert "2.10x (2.00 to 2.20) the speed of the uncompressed model, one graph too" in compressed.hovertext[1]
+    table = rows_of(view(Round(), base, m).table)
+    assert table["decode speed, one graph"][1:] == ["2.10x (2.00 to 2.20)", table["decode speed, one graph"][2]]
+    assert "one graph too, in turns; 15 rounds" in table["decode speed, one graph"][2]
+    assert table["threads, eager"][:2] == ["1", "1"] and table["threads, one graph"][:2] == ["2", "2"]
+    assert (
+        table["decode speed against 16 bits"][1] == "at least 1.05x"
+        and "modelled" in table["decode speed against 16 bits"][2]
+    )
+
+
+def test_a_method_that_its_graph_does_not_read_packed_has_no_time_as_one():
+    """The uncompressed graph's bar stands alone, and the reason is said."""
+    note = "As one graph its weights would be fp32 again, so it is not timed as one."
+    base, m = as_graph(made()), made(4, notes=[note])
+    v = view(Round(), base, m)
+    assert note in v.sentences and "one graph, decode" not in v.sentence
+    assert v.latency.data[1].y[1] is None and v.latency.data[0].y[1] == 400.0
+    assert rows_of(v.table)["decode after 16 tokens, one graph"][1] == "–"
+    assert "decode speed, one graph" not in v.table
+    assert note in str(m) and note in m._repr_html_()
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """The rows of an HTML table: first cell -> the others."""
+    rows = ElementTree.fromstring(table).findall(".//tr")
+    return {r[0].text: [cell.text for cell in r[1:]] for r in rows}
 
 
 def test_missing_latency_and_missing_kl_are_said():
@@ -131,14 +212,56 @@ def test_missing_latency_and_missing_kl_are_said():
     v = view(Round(), made(latency=None), m)
     assert "Latency was not measured." in v.sentences
     assert "KL" not in v.sentence and "perplexity goes from 15.0" in v.sentence.lower()
-    assert "KL" not in v.table and "prefill" not in v.table
+    assert "KL" not in v.table and "prefill" not in v.table and "threads" not in v.table
     assert "not measured" in v.latency.to_json()
 
 
-def test_kl_within_its_error_does_not_grow():
-    quality = {"manual": Quality(15.0, 0.5, 100, kl=0.010, kl_se=0.02, top1=0.99, top1_se=0.01)}
-    text = words.accuracy(made(), made(4, quality=quality))
-    assert "KL stays near 0" in text and "grows" not in text
+def test_kl_whose_interval_reaches_0_does_not_grow():
+    unsure = replace(text_of(15.0, 0.01), per_window={"kl": [0.06, 0.0, 0.0, 0.0, 0.0, 0.0, 0.01, 0.01]})
+    text = words.accuracy(made(), made(4, quality={"manual": unsure, "prose": text_of(20.0, 0.01)}))
+    assert "KL grows from 0 to 0.010 on the prose (nats per token); KL is 0.010 on the manual: cannot tell" in text
+    assert "its interval reaches 0" in text
+    one = replace(text_of(15.0, 0.2), per_window={"kl": [0.2]})
+    assert "cannot tell whether it grows (one window has no interval)" in words.accuracy(
+        made(), made(4, quality={"manual": one})
+    )
+    nothing = words.accuracy(made(), made(8, kl=1e-6, factor=1.0))
+    assert nothing.startswith("KL is 0 on the manual and 0 on the prose; ") and "grows" not in nothing
+
+
+def test_rows_without_values_by_window_say_so():
+    old = made(4, quality={"manual": text_of(19.5, 0.3, windows=False)})
+    assert "KL is 0.30 on the manual: cannot tell whether it grows (no values by window)" in words.accuracy(made(), old)
+    assert "→ 0.30 (cannot tell (no values by window))" not in words.step(Round(), made(), old, Round(bits=8), made(8))
+    assert "→ 0.30 (cannot tell: no values by window)" in words.step(Round(), made(), old, Round(bits=8), made(8))
+
+
+def test_kl_as_run_stands_beside_kl():
+    m = made(4, kl=0.3, run=0.4)
+    v = view(Round(), made(), m)
+    assert (
+        "as run by one graph, with activations rounded to 8 bits too, KL is 0.40 on the manual and 0.80 on"
+        in v.sentence
+    )
+    assert [t.name for t in v.accuracy.data] == ["uncompressed", "compressed", "compressed", "as run"]
+    assert v.accuracy.data[3].y == (0.4, 0.8) and v.accuracy.data[3].error_y.array == (0.02, 0.04)
+    table = rows_of(v.table)
+    assert table["KL on manual"][1] == "0.3000 ± 0.0150" and table["KL as run on manual"][1] == "0.4000 ± 0.0200"
+    assert "as run" not in view(Round(), made(), made(4)).sentence
+
+
+def test_perplexity_is_judged_window_by_window():
+    """±0.5 around 15.0 and 15.2 overlap; the differences leave no doubt."""
+    close = {t: text_of(p * 1.013, 0.01) for t, p in (("manual", 15.0), ("prose", 20.0))}
+    text = words.accuracy(made(), made(4, quality=close))
+    assert "perplexity goes from 15.0 to 15.2 on the manual (worse)" in text
+
+
+def test_tokens_read_under_a_cache_method_are_not_compared_with_all():
+    half = {"manual": text_of(30.0, 0.1, tokens=2048)}
+    text = words.accuracy(made(), made(4, quality=half))
+    assert "perplexity goes to 30.0 on the manual (over 2,048 of its 4,096 tokens)" in text and "15.0" not in text
+    assert "KL grows from 0 to 0.10 on the manual" in text  # whose reference is 0 on every token
 
 
 def test_a_broken_model_is_called_broken_and_does_not_break_the_figure():
@@ -151,16 +274,63 @@ def test_a_broken_model_is_called_broken_and_does_not_break_the_figure():
 
 def test_bytes_that_grow_or_stay_and_the_kv_cache():
     grown = words.memory(Round(bits=8), made(4), made(8))
-    assert "grow to 200 % of their bytes" in grown
+    assert "grow to 200 % of their bytes in fp32" in grown
     assert "as many bytes as before" in words.memory(Round(), made(4), made(4))
-    assert "the KV cache grows by 25 % of the bytes per token" in words.memory(Round(), made(), made(4, kv=250))
+    less = words.memory(Round(), made(), made(4, kv=250_000))
+    assert "the KV cache of 1,000 tokens holds 0.25 MB, 25 % of the uncompressed model's" in less
+    elsewhere = made(4, kv=250_000)
+    elsewhere = replace(elsewhere, memory=replace(elsewhere.memory, kv_tokens=2048))
+    apart = words.memory(Round(), made(), elsewhere)
+    assert "of 2,048 tokens holds 0.25 MB (the uncompressed model's was weighed at 1,000 tokens)" in apart
+    v = view(Round(), made(), elsewhere)
+    assert v.memory.data[2].y == (0.0, 0.0) and "without any cache" in v.memory.layout.yaxis.title.text
+    assert rows_of(v.table)["KV cache of 2,048 tokens"][:2] == ["–", "0.2"]
+
+
+def test_a_16_bit_model_is_its_own_baseline():
+    def half(m):
+        return replace(m, memory=replace(m.memory, bits_before=16))
+
+    text = words.memory(Round(), half(made()), half(made(4)))
+    assert "shrink to 12 % of their bytes, at 4.50 bits" in text and "modelled" not in text
+    v = view(Round(), half(made()), half(made(4)))
+    assert [t.name for t in v.memory.data] == ["linears", "other", "KV cache"]
+    assert rows_of(v.table)["share of 16-bit weights"] == ["200", "28", "%"]
+    assert "against 16 bits" not in v.table
+
+
+def test_what_was_left_alone_is_named():
+    m = made(4)
+    some = replace(m, memory=replace(m.memory, compressed=0.44, left=["model.layers.*.mlp.experts.down_proj", "b"]))
+    says = "Only 44 % of the decoder's weights were compressed; left as they were: model.layers.*.mlp.experts.down_proj and b."
+    assert says in view(Round(), made(), some).sentences
+    assert rows_of(view(Round(), made(), some).table)["decoder's weights compressed"][1] == "44"
+    assert words.left(Round(), m) == "" and words.left(Evict(), some) == ""  # a cache method touches no weight
+    assert words.left(Recipe(Evict(), Round()), some).startswith("Only 44 %")
+
+
+def test_a_cache_is_timed_where_it_evicts():
+    """Decoded after 1,024 tokens, and the bar beside it is the uncompressed model's after as many."""
+    long = made(4, latency=replace(made(4).latency, context=1024, decode_ms=40.0, decode_ratio=1.5))
+    assert words.latency(long).startswith("Run eagerly, after 1,024 tokens, decode is 1.50x as fast")
+    figure = view(Evict(), made(), long).latency
+    assert figure.data[2].y == (60.0,) and figure.data[3].y == (40.0,)  # 40 ms at 1.5x, not the 50 ms after 16 tokens
+    assert "from the run in turns" in figure.data[2].hovertext[0]
+    assert "after 1,024" in figure.layout.yaxis2.title.text
+    table = rows_of(view(Evict(), made(), long).table)
+    assert table["decode after 16 tokens, eager"][:2] == ["50.0 ± 1.0", "–"]
+    assert table["decode after 1,024 tokens, eager"][:2] == ["–", "40.0 ± 1.0"]
+    assert words.drift(made(), long) == ""  # times at two lengths say nothing about the machine
 
 
 def test_before_and_after():
     v = view(Round(bits=4), made(), made(4), before=(Round(bits=8), made(8, decode=1.5, kl=0.01)))
     last = v.sentences[-1]
     assert last.startswith("Compared with 8 bits") and "decode 1.50x → 2.6x" in last
-    assert "KL on the manual 0.010 → 0.30" in last and "linear layers 25 % → 12 %" in last
+    assert "KL on the manual 0.010 → 0.30 (worse)" in last and "linear layers 25 % → 12 %" in last
+    back = view(Round(bits=8), made(), made(8, kl=0.01), before=(Round(bits=4), made(4, kv=250_000)))
+    assert "0.30 → 0.010 (better)" in back.sentences[-1]
+    assert "KV cache of 1,000 tokens 0.25 → 1.00 MB" in back.sentences[-1]
     assert "<th" in v.table and "before" in v.table
     same = view(Round(bits=4), made(), made(4), before=(Round(bits=4), made(4)))
     assert "Compared" not in same.sentence and "before" not in same.table
@@ -227,11 +397,13 @@ def test_where_numbers_come_from():
 def test_the_figures_show_the_measurements():
     base, m = made(), made(4)
     v = view(Round(), base, m)
-    uncompressed, compressed, kl = v.accuracy.data
+    uncompressed, compressed, kl, run = v.accuracy.data
     assert uncompressed.y == (15.0, 20.0) and compressed.y == (19.5, 26.0) and kl.y == (0.3, 0.6)
-    assert compressed.error_y.array == (0.6, 0.6) and kl.error_y.array == (0.3 / 20, 0.6 / 20)
-    linears, other, cache = v.memory.data
+    assert compressed.error_y.array == (0.5, 0.5) and kl.error_y.array == (0.3 / 20, 0.6 / 20)
+    assert run.y == (None, None)
+    linears, other, cache, half = v.memory.data
     assert linears.y == (400.0, 50.0) and other.y == (100.0, 100.0) and cache.y == (1.0, 1.0)
+    assert half.y == (250.5, 250.5) and half.name == "in 16 bits"  # of all that the uncompressed model holds
     assert [b.y[0] for b in v.latency.data] == [800.0, 1000.0, 50.0, 50 / 2.6]
     assert v.latency.data[0].error_y.array == (10.0,)  # half of the interquartile range, up and down
     assert {n.text for n in v.latency.layout.annotations} == {"0.80x as fast", "2.6x as fast"}
@@ -264,8 +436,8 @@ def test_axes_hold_still_between_settings():
 
 def test_the_table_escapes_and_counts():
     odd = "<b>&"
-    base = made(quality={odd: Quality(15.0, 0.5, 10)})
-    v = view(Round(), base, made(4, quality={odd: Quality(16.0, 0.5, 10, 0.1, 0.01, 0.9, 0.01)}))
+    base = made(quality={odd: text_of(15.0)})
+    v = view(Round(), base, made(4, quality={odd: text_of(16.0, 0.1)}))
     assert "<b>&" not in v.table and "&lt;b&gt;&amp;" in v.table
     rows = ElementTree.fromstring(v.table.replace("&nbsp;", " ")).findall(".//tr")
     assert {len(r) for r in rows} == {4}
@@ -346,7 +518,7 @@ def test_svg_is_valid_small_and_readable_in_both_themes():
     v = view(Round(), made(), made(4))
     text = svg.draw(*v.figures, label=v.sentence)
     ElementTree.fromstring(text)
-    assert len(text) < 10_000
+    assert len(text) < 11_000
     assert "prefers-color-scheme:dark" in text and "class='bg' fill='#fff'" in text
     assert ElementTree.fromstring(text).get("fill") == "#3b3b3b"  # where styles are stripped: dark text on white
     for shown in ("Accuracy", "Memory", "Latency", "2.6x as fast", "perplexity", "ms per token", "19.5", "0.30"):
@@ -419,17 +591,17 @@ def test_a_start_between_two_positions_is_added():
 
 
 def test_latest_wins_and_nothing_else_is_told():
-    worker, told = Latest(wait=0.05, exclusive=False), []
+    worker, told = Latest(wait=1.0, exclusive=False), []  # long beside five submits, also on a busy machine
     for i in range(5):
         worker.submit(lambda i=i: i, told.append, told.append)
-    assert worker.join(5) and told == [4]
+    assert worker.join(60) and told == [4]
 
 
 def test_cancel_stops_a_running_job_at_its_next_step():
     worker, steps, told = Latest(wait=0.0), [], []
 
     def job():
-        for i in track(range(1000), "counting"):
+        for i in track(range(100_000), "counting"):
             steps.append(i)
             time.sleep(0.005)
 
@@ -437,8 +609,8 @@ def test_cancel_stops_a_running_job_at_its_next_step():
     while len(steps) < 3:
         time.sleep(0.005)
     worker.cancel()
-    assert worker.join(5) and not worker.busy
-    assert len(steps) < 900 and told == []
+    assert worker.join(60) and not worker.busy
+    assert len(steps) < 100_000 and told == []
 
 
 def test_two_measurements_never_overlap():
@@ -453,7 +625,7 @@ def test_two_measurements_never_overlap():
     workers = [Latest(wait=0.0) for _ in range(3)]
     for w in workers:
         w.submit(job, lambda _: None, lambda e: None)
-    assert all(w.join(5) for w in workers) and most == [1]
+    assert all(w.join(60) for w in workers) and most == [1]
 
 
 def test_errors_are_explained():
@@ -547,7 +719,7 @@ def test_a_miss_is_measured_and_kept(make, bench, store):
         time.sleep(0.01)
     assert 0 <= panel.bar.value < 1
     bench.gate.set()
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "At 2 bits" in panel.sentence.value and "Measured just now" in panel.status.value
     assert panel.working.layout.display == "none" and bench.calls == [2]
     assert store.get(Key.of(Model(), Round(bits=2), HASHES)) == made(2)
@@ -561,17 +733,17 @@ def test_the_store_answers_while_something_is_measured(make, bench, store):
         time.sleep(0.01)
     panel.controls["bits"].value = 3
     assert "At 3 bits" in panel.sentence.value and panel.working.layout.display == "none"
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "At 3 bits" in panel.sentence.value
     assert store.get(Key.of(Model(), Round(bits=2), HASHES)) is None
 
 
 def test_only_the_last_of_several_moves_is_measured(make, bench):
     panel = make()
-    panel.worker.wait = 0.2
+    panel.worker.wait = 1.0
     for bits in (5, 6, 2):
         panel.controls["bits"].value = bits
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert bench.calls == [2] and "At 2 bits" in panel.sentence.value
 
 
@@ -584,17 +756,17 @@ def test_cancel_keeps_the_figures_and_offers_to_measure(make, bench):
         time.sleep(0.01)
     panel.cancel_button.click()
     assert panel.sentence.value.count("Cancelled: 2 bits") == 1 and "still show 4 bits" in panel.sentence.value
-    assert panel.worker.join(10) and shown(panel) == figures
+    assert panel.worker.join(60) and shown(panel) == figures
     assert panel.measure_button.layout.display is None
     bench.gate.set()
     panel.measure_button.click()
-    assert panel.worker.join(10) and "At 2 bits" in panel.sentence.value
+    assert panel.worker.join(60) and "At 2 bits" in panel.sentence.value
 
 
 def test_an_error_is_one_sentence(make):
     panel = make()
     panel.controls["bits"].value = 7
-    assert panel.worker.join(10)
+    assert panel.worker.join(60)
     assert "bits = 7 does not divide anything here" in panel.sentence.value and "labkit-error" in panel.sentence.value
     assert isinstance(panel.error, ValueError) and panel.working.layout.display == "none"
     panel.controls["bits"].value = 8
@@ -623,7 +795,7 @@ def test_rows_from_another_machine_say_so_and_can_be_measured_here(store, bench)
     assert shown(panel)[2]["data"][0]["y"] == [800.0]  # both from there: comparable
     assert panel.measure_button.layout.display is None
     panel.measure_button.click()
-    assert panel.worker.join(10) and bench.calls == [None, 4]
+    assert panel.worker.join(60) and bench.calls == [None, 4]
     assert "Measured here." in panel.status.value and panel.measure_button.layout.display == "none"
 
 
@@ -637,10 +809,11 @@ def test_times_of_two_machines_are_never_drawn_side_by_side(store, bench):
 
 
 def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatch):
+    pytest.importorskip("labkit.measure.reading")
     asked = []
 
-    def hashes(lm, texts, windows, length):
-        asked.append((texts, windows, length))
+    def hashes(lm, texts, windows, length, prompt):
+        asked.append((texts, windows, length, prompt))
         return HASHES
 
     def measure(lm, against=None, **how):
@@ -650,9 +823,26 @@ def test_panel_measures_with_labkit_and_the_texts_it_was_given(store, monkeypatc
     monkeypatch.setattr(sys.modules["labkit.sweep"], "text_hashes", hashes)
     monkeypatch.setattr(sys.modules["labkit.measure"], "measure", measure)
     widget = panel(Round, Model(), store, texts=("manual",), windows=3, length=128, latency=False, bits=8)
-    assert widget.worker.join(10) and "At 8 bits" in widget.sentence.value
-    how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False}
-    assert asked == [(("manual",), 3, 128), how, how]
+    assert widget.worker.join(60) and "At 8 bits" in widget.sentence.value
+    how = {"texts": ("manual",), "windows": 3, "length": 128, "latency": False, "prompt": 0}
+    assert asked == [(("manual",), 3, 128, 0), how, how]
+
+
+def test_a_panel_of_a_cache_method_reads_texts_that_are_long_enough(store, monkeypatch):
+    """And the uncompressed model is scored on the same tokens: those after the prompt."""
+    pytest.importorskip("labkit.measure.reading")
+    asked = []
+    monkeypatch.setattr(
+        sys.modules["labkit.sweep"], "text_hashes", lambda lm, texts, **how: asked.append(how) or HASHES
+    )
+    monkeypatch.setattr(
+        sys.modules["labkit.measure"], "measure", lambda lm, against=None, **how: asked.append(how) or made()
+    )
+    monkeypatch.setattr(labkit.SnapKV, "__call__", lambda method, lm, calib=None: lm)
+    widget = panel(labkit.SnapKV, Model(), store, latency=False)
+    assert widget.worker.join(60) and widget.error is None
+    long = {"windows": 4, "length": 1024, "prompt": 512}
+    assert asked == [long, *[{"texts": ("manual", "prose"), "latency": False} | long] * 2]
 
 
 def test_a_bad_start_is_refused(store, bench):
@@ -664,7 +854,7 @@ def test_a_bad_start_is_refused(store, bench):
 
 def test_without_latency_nothing_is_timed(store, bench):
     panel = Panel(Round, Model(), store, {"latency": False}, measure=bench, hashes=HASHES)
-    assert panel.worker.join(10) and "Latency was not measured." in panel.sentence.value
+    assert panel.worker.join(60) and "Latency was not measured." in panel.sentence.value
     timed = Panel(Round, Model(), store, measure=bench, hashes=HASHES)  # the rows are there, but without times
     assert "Latency was not measured." in timed.sentence.value and timed.measure_button.layout.display is None
 
@@ -721,13 +911,13 @@ def test_explore_runs_a_pure_function():
     box = explore(curve, start={"batch": 2}, help={"batch": "sequences"}, batch=[1, 2, 4, 16], log=False)
     assert box.figures[0].data[0].y == (2, 4) and "Batch 2." in box.sentence.value
     box.controls["batch"].value = 4
-    assert box.worker.join(5)
+    assert box.worker.join(60)
     assert box.figures[0].data[0].y == (4, 8) and shown(box)[0]["data"][0]["y"] == [4, 8]
     assert box.last_answer_ms > 0
     box.controls["log"].value = True
-    assert box.worker.join(5) and box.figures[0].layout.yaxis.type == "log"
+    assert box.worker.join(60) and box.figures[0].layout.yaxis.type == "log"
     box.controls["batch"].value = 16
-    assert box.worker.join(5)
+    assert box.worker.join(60)
     assert "batch = 16 is too many." in box.sentence.value and box.figures[0].data[0].y == (4, 8)
 
 
@@ -743,7 +933,7 @@ def test_explore_takes_views_knobs_mappings_and_lists():
     assert names == ["ToggleButtons", "SelectionSlider", "SelectionSlider", "Checkbox"]
     assert len(box.figures) == 3 and "<table" in box.table.value
     controls.write(box.controls["which"], None)
-    assert box.values() == {"method": "RTN", "bits": 4, "which": None, "group": True} and box.worker.join(5)
+    assert box.values() == {"method": "RTN", "bits": 4, "which": None, "group": True} and box.worker.join(60)
 
 
 def test_explore_refuses_what_it_cannot_show():
@@ -784,7 +974,7 @@ def test_a_missing_package_is_named(package, module):
         f"try:\n    import {module}\nexcept ImportError as error:\n    print(error)"
     )
     said = run(code)
-    assert package in said and "pip install labkit[lab]" in said
+    assert package in said and re.search(r'-m pip install -e ".*\[lab\]"', said)
 
 
 @pytest.mark.parametrize("static", ["", "1"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,12 +123,12 @@ def test_what_is_likely_next_is_read_in_the_background(tiny_lm, monkeypatch):
     kept = KeptTokens(tiny_lm, prompt())
     assert kept.unread("H2O", 16)
     kept.view("H2O", 16, 0, 0)
-    kept._ahead.worker.join(20)
+    assert kept._ahead.worker.join(120)
     assert not any(kept.unread("H2O", b) for b in kept.budgets)
     assert not any(kept.unread(p, 16) for p in kept.policies) and kept.unread("SnapKV", 24)
-    start = time.perf_counter()
+    monkeypatch.setattr(kept, "_ahead", SimpleNamespace(ask=lambda settings: None))
+    monkeypatch.setattr("labkit.ui.lessons.kept_tokens._read", None)  # nothing is left to be read
     kept.view("H2O", 24, 1, 1)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_the_static_twins_show_text_and_figures(kept, tiny_lm, monkeypatch):

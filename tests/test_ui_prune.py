@@ -333,16 +333,31 @@ def test_the_best_of_each_side_meets_at_the_budget():
     assert duel.best(found, "quantized", 3, "manual") is None
     figures, text = duel.view(ROWS, 4, "manual", "both")
     assert text.startswith(
-        "At 4 bits per weight, pruning and quantizing loses least on the manual. Your guess was right."
+        "At 4 bits per weight, pruning and quantizing loses least on the manual. Your guess was right. (Each side's setting "
+        "was picked on the prose, out of those that fit: 1 quantized, 1 pruned and 1 doing both.) "
     )
     assert (
         "2.60 bits modelled, 17.00 held" in text and "RTN(bits=3) with 3.30 bits, KL 0.90 (1.80 on the prose)" in text
     )
-    assert list(figures[1].data[1].y) == [1.8, 14.0, 1.0]
+    assert list(figures[1].data[0].y) == [1.8, 14.0, 1.0] and figures[1].data[0].name == "the prose"
     assert [t.name for t in figures[0].data] == ["quantized", "pruned", "pruned and quantized", "budget"]
     _, text = duel.view(ROWS, 9, "prose", "pruned")
     assert "quantizing loses least on the prose. Your guess was pruned." in text
     assert "Nothing in the store is as small as 2 bits" in duel.view(ROWS, 2, "manual", "pruned")[1]
+
+
+def test_a_setting_is_picked_on_one_text_and_judged_on_the_other():
+    """Of two quantized settings the one that is lucky on the prose does not stand for its side there."""
+    lucky, steady = quantized_row(4, 0.3), quantized_row(3.9, 0.1)
+    rows = [lucky | {"quality.prose.kl": 0.05}, steady | {"quality.prose.kl": 0.2}, pruned_row("Wanda", 0.06)]
+    found = duel.fighters(rows)
+    assert duel.best(found, "quantized", 10, "prose").kl == {"prose": 0.2, "manual": 0.1}
+    assert duel.best(found, "quantized", 10, "manual").kl == {"prose": 0.05, "manual": 0.3}
+    _, text = duel.view(rows, 10, "prose", "quantized")
+    assert "pruning loses least on the prose" in text and "out of those that fit: 2 quantized, 1 pruned and 0" in text
+    assert [list(t.y) for t in duel.curves(found, 10, "prose").data[:2]] == [[0.2], [0.12]]
+    assert duel.table(rows, budgets=(10,)).rows == (("10", "0.20 (3.90, of 2)", "0.12 (9.00, of 1)", "–", "pruned"),)
+    assert "of the setting that loses least on the manual" in duel.table(rows).caption
 
 
 def test_time_is_drawn_where_it_was_measured():
@@ -356,7 +371,11 @@ def test_time_is_drawn_where_it_was_measured():
         ("one graph", ("pruned",), (20.0,)),
     ]
     untimed = [pruned_row("SparseGPT", 0.1, calib="manual"), pruned_row("SparseGPT", 0.2) | eager]
-    assert duel.fighters(untimed)[0].decode_ms == {"eager": 90.0, "one graph": 20.0}  # whatever it was calibrated on
+    first, second = duel.fighters(untimed)
+    assert first.decode_ms == {"eager": 90.0, "one graph": 20.0}  # whatever it was calibrated on
+    assert first.borrowed and not second.borrowed
+    borrowed = "20.0 ms per token as one graph (the time is of the same setting with another calibration)."
+    assert borrowed in duel.view(untimed[:1] + untimed[1:], 17, "prose", "pruned")[1]
     assert "measured on a CPU" in figures[2].layout.title.text and "90.0 ms per token eagerly, 20.0 ms" in text
 
 
@@ -376,7 +395,7 @@ def test_names_are_as_short_as_one_types_them():
 
 def test_nothing_is_told_before_there_is_a_guess():
     figures, text = duel.view(ROWS, 4)
-    assert "Guess" in text and "0.9" not in text and not figures[0].data
+    assert "on the prose" in text and "Guess" in text and "0.9" not in text and not figures[0].data
     assert svg.draw(figures[0]).count("your guess?") == 1
 
 
@@ -387,7 +406,7 @@ def test_an_empty_store_is_said_plainly():
         assert duel.table(rows).rows == () and "no such rows" in duel.table(rows).caption
     table = duel.table(ROWS, budgets=(9, 4, 2))
     assert [row[-1] for row in table.rows] == ["quantized", "both", "nobody fits"]
-    assert table.rows[0][2] == "0.40 (9.00)" and table.rows[2][1:4] == ("–", "–", "–")
+    assert table.rows[0][2] == "0.80 (9.00, of 3)" and table.rows[2][1:4] == ("–", "–", "–")
 
 
 # ---------------------------------------------------------------------------------------------- bytes and time

@@ -207,20 +207,21 @@ def test_switches_measure_kl_against_the_models_they_compress(tiny_lm, monkeypat
     bench = breakit.Damage(tiny_lm, windows=8, length=24, evaluation=(2, 24))
     found = bench.broken(bits=3)
     by = {o.name: o for o in found}
-    small = GPTQ(bits=3, scale=False, clip=False, act_order=False)(tiny_lm, windows(8, 24), progress=False)
+    small = GPTQ(bits=3, act_order=False)(tiny_lm, windows(8, 24), progress=False)
     truth = labkit.divergence(small, tiny_lm, bench.texts["prose"]).kl
-    assert by["no act-order"].damage["prose"] == pytest.approx(truth, rel=1e-5)
-    assert by["no act-order"].change["prose"] == pytest.approx(truth / found[0].damage["prose"], rel=1e-5)
+    assert by["no act-order (the paper's)"].damage["prose"] == pytest.approx(truth, rel=1e-5)
+    assert by["no act-order (the paper's)"].change["prose"] == pytest.approx(truth / found[0].damage["prose"], rel=1e-5)
     assert by["8 windows, mixed"].damage == found[0].damage
-    assert by["GPTQ, 3 bits"].damage == by["with both (the lab's)"].damage
-    assert {o.group for o in found} == {"parts", "calibration", "outlier"} and len(found) == 18
+    assert by["GPTQ, 3 bits"].damage == by["GPTQ"].damage == found[0].damage
+    assert by["AWQGPTQ, 3 bits"].damage == by["with AWQ's scaling too"].damage
+    assert {o.group for o in found} == {"parts", "calibration", "outlier"} and len(found) == 20
     table = breakit.table(found, bench.unit)
-    assert len(table.rows) == 18 and "KL" in table.caption and "measured" in table.caption
+    assert len(table.rows) == 20 and "KL" in table.caption and "measured" in table.caption
     figure = breakit.bars(found, bench.unit, group="calibration")
     assert len(figure.data) == 2 and list(figure.data[0].x)[-1] == "random tokens"
     pairs = breakit.bars(found, bench.unit, group="outlier")
-    assert [len(t.x) for t in pairs.data] == [4] * 4 and pairs.data[3].name == "the prose, with an outlier"
-    assert pairs.data[3].y[3] == pytest.approx(by["SmoothQuant, with an outlier"].damage["prose"], rel=1e-3)
+    assert [len(t.x) for t in pairs.data] == [5] * 4 and pairs.data[3].name == "the prose, with an outlier"
+    assert pairs.data[3].y[4] == pytest.approx(by["SmoothQuant, with an outlier"].damage["prose"], rel=1e-3)
     methods = bench.methods({"RTN": RTN(bits=4), "AWQ": AWQ(bits=4)})
     assert methods[0].change == {"manual": 1.0, "prose": 1.0}
 
@@ -246,6 +247,15 @@ def test_the_picture_draws_the_rows_and_says_what_is_on_the_front():
     assert list(figure.data[0].x) == [50.0] and list(figure.data[0].y) == [0.2]
     assert list(figure.data[2].y) == [0.2, 0.002]
     assert text.startswith("3 settings on the prose") and "GPTQ 1 time and RTN 1 time" in text
+    assert text.endswith("2 of its 2 settings are on the manual's front too.")
+    assert "27 % of 16" in figure.data[0].hovertext[0]
+
+
+def test_a_front_that_holds_on_one_text_only_says_so():
+    rows = [row(), row("RTN", kl=0.3, **{"quality.prose.kl": 0.05}), row("RTN", bits=8, linears=90e6, kl=0.001)]
+    assert [r["method"] for r in front.on_front(rows, "manual")] == ["GPTQ", "RTN"]
+    assert [r["quality.prose.kl"] for r in front.on_front(rows, "prose")] == [0.05, 0.002]
+    assert front.picture(rows, "manual")[1].endswith("1 of its 2 settings are on the prose's front too.")
 
 
 def test_an_empty_store_is_said_plainly(tmp_path, tiny_lm):
@@ -266,19 +276,26 @@ def test_calibrations_are_told_apart_by_their_hash():
     assert "2 draws" in text
 
 
-def test_the_parts_of_gptq_are_named_by_what_differs_from_the_papers():
-    kl = {(False, False): 0.2, (True, False): 0.15, (True, True): 0.1}
-    rows = []
-    for (scale, clip), value in kl.items():
-        method = labkit.GPTQ(bits=4, scale=scale, clip=clip)
-        rows.append(row(knobs=method.key(), calib="m", kl=value))
-    rows.append(row(knobs=labkit.GPTQ(bits=3).key(), calib="m"))
-    rows.append(row(knobs=labkit.GPTQ(bits=4, damp=0.1).key(), calib="of another text"))
+def test_the_parts_of_gptq_and_awq_are_listed_as_one_types_them():
+    GPTQ, AWQGPTQ = labkit.GPTQ, labkit.AWQGPTQ
+    kl = {
+        AWQGPTQ(bits=4): 0.1,
+        GPTQ(bits=4): 0.2,
+        GPTQ(bits=4, act_order=False): 0.3,
+        AWQGPTQ(bits=4, clip=False): 0.15,
+    }
+    rows = [row(type(m).__name__, knobs=m.key(), calib="m", kl=value) for m, value in kl.items()]
+    rows.append(row(knobs=GPTQ(bits=3).key(), calib="m"))
+    rows.append(row(knobs=GPTQ(bits=4, format="nf4").key(), calib="m"))
+    rows.append(row(knobs=GPTQ(bits=4, damp=0.1).key(), calib="of another text"))
+    rows.append(row("AWQ", knobs=AWQ(bits=4).key(), calib="m"))
+    rows.append(row(knobs=AWQGPTQ(bits=4).key(), calib="m"))  # when GPTQ still had these knobs
     table = front.parts(rows, {"m": "mixed"})
     assert table.rows == (
-        ("the paper's", "0.200", "0.400"),
-        ("scale = True", "0.150", "0.300"),
-        ("scale = True, clip = True", "0.100", "0.200"),
+        ("GPTQ(bits=4, act_order=False)", "0.300", "0.600"),
+        ("GPTQ(bits=4)", "0.200", "0.400"),
+        ("AWQGPTQ(bits=4, clip=False)", "0.150", "0.300"),
+        ("AWQGPTQ(bits=4)", "0.100", "0.200"),
     )
 
 

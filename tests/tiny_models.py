@@ -19,6 +19,28 @@ FAMILIES = {
     "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 128},
 }
 
+MOE = SMALL | {"intermediate_size": 96, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+MIXTURES = {  # of experts, which are 3-D parameters in transformers 5; apart, so that tests over FAMILIES are not multiplied
+    "Mixtral": MOE | {"num_local_experts": 4},
+    "Qwen3Moe": MOE | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
+    "GptOss": MOE
+    | {"head_dim": 16, "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "DeepseekV3": MOE
+    | {
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,  # a dense block, then one of experts
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}
+
 
 class Letters:
     """A tokenizer for tiny models: one token per byte, modulo the vocabulary."""
@@ -40,7 +62,7 @@ def tiny(family: str = "Llama") -> LanguageModel:
     """A random model of a family, seeded, two layers, 64 wide."""
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    config = getattr(transformers, f"{family}Config")(**(FAMILIES | MIXTURES)[family])
     auto = transformers.AutoModelForCausalLM.from_config
     torch.manual_seed(0)
     model = auto(config).eval().requires_grad_(False)

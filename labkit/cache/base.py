@@ -32,6 +32,23 @@ class CacheMethod(Method):
         check_weights(lm.model)
         install(lm.model, self)
 
+    def keeps(self, prompt: int) -> int:
+        """Tokens of a prompt of ``prompt`` tokens that stay as they are: of a shorter one, all do."""
+        raise NotImplementedError
+
+    def check_prompt(self, prompt: int) -> None:
+        """Raise a ValueError where a prompt is so short that this method leaves it as it is: there is nothing to measure.
+
+        A method at the lossless end of its knobs is meant to change nothing, and is let through.
+        """
+        if prompt > self.keeps(prompt) or all(getattr(self, n) == v for n, v in self.lossless.items()):
+            return
+        raise ValueError(
+            f"{self.typed()} keeps {self.keeps(prompt)} tokens, so it leaves a prompt of {prompt} as it is: KL would be 0 "
+            "and say nothing. Choose longer windows (half of each is the prompt, unless prompt=… says otherwise), or "
+            "keep fewer tokens."
+        )
+
 
 def check_weights(model) -> None:
     """Raise a ValueError that names the layer where a linear of the decoder holds NaN or infinity."""
@@ -87,6 +104,9 @@ class CachePolicy(CacheMethod):
     @property
     def least(self) -> int:
         return 1
+
+    def keeps(self, prompt: int) -> int:
+        return self.budget if self.share is None else max(self.least, round(self.share * prompt))
 
     def scores(self, step) -> torch.Tensor:
         """How much each token deserves to stay, (batch, kv_heads, tokens); infinity: it stays in any case.

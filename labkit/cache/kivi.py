@@ -58,6 +58,9 @@ class KIVI(CacheMethod):
         form = Affine(self.bits, self.group_size)
         return Rounded(form, self.residual, self.keys == "channel"), Rounded(form, self.residual, False)
 
+    def keeps(self, prompt: int) -> int:
+        return self.residual
+
     def check_policy(self, policy: CachePolicy) -> None:
         """Rounded keys that share a group of tokens cannot be evicted one by one, and the newest tokens are never evicted."""
         name = type(policy).__name__

@@ -19,6 +19,10 @@ class SnapKV(CachePolicy):
 
     Acts once, after the prompt; every token generated later stays. Attention of the window's queries is summed, pooled
     over ``kernel`` neighbouring tokens, and each KV head keeps its own best; the window itself always stays.
+
+    Query heads that share a KV head vote together: their attention is averaged, as in kvpress and in Ada-KV's code. The
+    authors' own code repeats keys and values first, so that each query head keeps tokens of its own; with grouped
+    heads, as here three to one, that would hold the shared keys up to three times.
     """
 
     paper: ClassVar[str] = (
@@ -92,17 +96,27 @@ def pyramid(tokens: int | torch.Tensor, layer: int, depth: int, beta: int = 20) 
     return part.long() if isinstance(part, torch.Tensor) else int(part)
 
 
-def adaptive(scores: torch.Tensor, tokens: int | torch.Tensor, floor: float = 0.2) -> torch.Tensor:
-    """Tokens for each head, (batch, kv_heads), whose sum is kv_heads * tokens: those of the best scores of all heads.
+def adaptive(scores: torch.Tensor, tokens: int | torch.Tensor, even: float = 0.2) -> torch.Tensor:
+    """Tokens for each head, (batch, kv_heads), whose sum is kv_heads * tokens: more where a head has more of the best scores.
 
-    Scores of infinity count apart. No head has less than ``floor`` of ``tokens``. Feng et al., Ada-KV, NeurIPS 2025,
-    algorithm 1 (the floor from the authors' code). A text with fewer tokens keeps what it has.
+    Scores of infinity count apart. A head gets (1 - even) times its number of the kv_heads * tokens best scores of the
+    layer, and ``even`` times ``tokens`` whatever its scores. Feng et al., Ada-KV, NeurIPS 2025, algorithm 1, with the
+    even part as in the authors' code, 0.2 as in their runs with grouped heads. They round each head for itself; here
+    the heads with the largest fractions are rounded up, so that the sum is exact. (kvpress protects the best 20 % of
+    each head and lets the rest compete.) A text with fewer tokens keeps what it has.
     """
     batch, heads, _ = scores.shape
     tokens = torch.as_tensor(tokens, device=scores.device).expand(batch, 1)
     scores = scores.masked_fill(scores == torch.inf, -torch.inf)
     there = (scores > -torch.inf).sum(-1)
-    place = ranked(scores).argsort(-1)  # 0: the head's best
-    ahead = torch.where(place < (tokens * floor).long()[..., None], torch.inf, scores).flatten(1)
-    rank = ranked(ahead[:, None]).argsort(-1).view(scores.shape)
-    return torch.minimum((rank < heads * tokens[..., None]).sum(-1), there)
+    rank = ranked(scores.flatten(1)[:, None]).argsort(-1).view(scores.shape)  # 0: the layer's best
+    best = torch.minimum((rank < heads * tokens[..., None]).sum(-1), there)
+    return torch.minimum(_rounded((1 - even) * best.double() + even * tokens), there)
+
+
+def _rounded(parts: torch.Tensor) -> torch.Tensor:
+    """Whole numbers (batch, heads) with the same sum as ``parts``: down, and up where the fractions are largest."""
+    down = (parts + 1e-9).floor()
+    left = (parts.sum(-1, keepdim=True) - down.sum(-1, keepdim=True)).round()
+    place = (parts - down).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (down + (place < left)).long()

@@ -35,7 +35,7 @@ def smooth_factor(answer) -> Note:
 
 @exercise(some_of(OPTIONS))
 def without_correlation(answer) -> Note:
-    """Which method does the paper's GPTQ become when the layer's inputs are uncorrelated and equally large?"""
+    """Which method does GPTQ become when the layer's inputs are uncorrelated and equally large?"""
     draw = torch.Generator().manual_seed(0)
     weight, form = torch.randn(16, 128, generator=draw), Integer(3, 64)
     same = torch.equal(gptq(weight, Stats(2, gram=torch.eye(128)), form).decode(), form.encode(weight).decode())

@@ -237,9 +237,7 @@ class Graph:
             return [self.linear(f"{name}.{i}", [m], x)[0] for i, m in enumerate(modules)]
         for i, m in enumerate(modules):
             if not isinstance(m, nn.Linear):
-                form = m.quantized.spec() if hasattr(m, "quantized") else {"layer": type(m).__name__}
-                kind = ", ".join(f"{k}={v}" for k, v in form.items() if k != "shape")
-                self.dense.setdefault(kind, []).append(f"{name}.{i}")
+                self.dense.setdefault(w.kind_of(m), []).append(f"{name}.{i}")
         weight = torch.cat([m.weight.detach().float() for m in modules])
         y = self.product_dense(name, weight, x)
         bias = self.bias(modules)

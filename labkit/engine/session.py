@@ -18,8 +18,7 @@ from labkit.engine import kv_scales
 from labkit.engine import threads as policy
 from labkit.engine.families import read
 from labkit.engine.graph import DenseGraph, build
-from labkit.measure.machine import cores
-from labkit.paths import cache
+from labkit.paths import own
 
 PREFILLS = ("packed", "dense", "auto")
 STALE = 3600  # seconds after which a folder left behind by a killed process is removed
@@ -38,8 +37,9 @@ def compile(
     """One graph for a whole model: see :class:`CompiledModel`. The model itself is not changed and not kept.
 
     ``context``: the most tokens, prompt and answer together. ``head_bits``, ``embedding_bits``: 8, 4 or None (fp32) for
-    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here. On a
-    GPU it is a :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
+    a head and an embedding that are not packed yet. ``threads``: None takes what was measured to be fastest here
+    (:mod:`labkit.engine.threads`; ``CompiledModel.threads`` is what was taken). On a GPU it is a
+    :class:`labkit.engine.cuda_graph.GraphedModel`, for which only ``context`` counts.
     ``prefill``: "packed" reads prompts with the weights that decode; "dense" also holds them as fp32, for prompts that are
     long enough; "auto" measures whether and from how many tokens on that is faster here, and else lets go of them.
     ``kv_bits``: 8 or 4 keep the KV cache as codes, for long texts: a step reads a quarter or an eighth of it, while a
@@ -82,7 +82,7 @@ def read_densely(model: CompiledModel, decoder, head_bits, embedding_bits, kv, m
     """Give a model a second graph, of dense weights, for prompts. ``measured``: only from where, and if, it is faster."""
     with _scratch() as folder:
         graph = build(decoder, folder, model.context, head_bits, embedding_bits, DenseGraph, kv)
-        session = _open(folder / "model.onnx", cores())
+        session = _open(folder / "model.onnx", policy.cores())
     least = 2
     if measured:
         least = policy.crossover(model, session, graph.weights.nbytes)
@@ -128,7 +128,7 @@ class _scratch:
     """A folder in the cache for the graph while it is read. What killed processes left there is removed."""
 
     def __enter__(self) -> Path:
-        home = cache() / "engine"
+        home = own() / "engine"
         home.mkdir(exist_ok=True)
         for old in home.iterdir():
             if old.is_dir() and time.time() - old.stat().st_mtime > STALE:
@@ -165,6 +165,14 @@ class CompiledModel:
         """Logits of every token: LongTensor (batch, tokens) -> fp32 (batch, tokens, vocabulary). No cache is kept."""
         ids = self._ids(ids)
         return _Run(self, len(ids), 0).several(ids, np.arange(ids.shape[1]))
+
+    def read(self, ids: torch.Tensor, step: int = 128) -> Iterator[torch.Tensor]:
+        """The logits of a text (1, tokens), ``step`` tokens at a time, (1, step, vocabulary): all at once would be large."""
+        ids = self._ids(ids)
+        run = _Run(self, 1, ids.shape[1])
+        for start in range(0, ids.shape[1], step):
+            part = ids[:, start : start + step]
+            yield run.several(part, np.arange(part.shape[1]))
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
         """The greedy continuation of a prompt, without the prompt."""

@@ -6,6 +6,8 @@ its kernel likes, and lets go of the mapping, one tensor after the other: at no 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from onnx import TensorProto
 from torch import nn
 
 from labkit.formats import Encoded, Integer, Quantized, pack
-from labkit.linear import matmulnbits
+from labkit.linear import STORED, matmulnbits
 
 ALIGN = 1 << 16  # where a mapping may begin, on every system
 KINDS = {
@@ -72,6 +74,17 @@ def packed(module: nn.Module) -> Quantized | None:
     """The codes of a linear, when the operator can multiply by them: as they are, or written with more bits each."""
     found = whole(module)
     return found and widened(found[0])
+
+
+def kind_of(module: nn.Module) -> str:
+    """How a linear that stores something smaller says what that is: its format, or the name of its class."""
+    form = module.quantized.spec() if hasattr(module, "quantized") else {"layer": type(module).__name__}
+    return ", ".join(f"{k}={v}" for k, v in form.items() if k != "shape")
+
+
+def unpacked(modules: Iterable[nn.Module]) -> dict[str, int]:
+    """Of linears that store something smaller than a dense weight, those that a graph would hold dense: kind -> how many."""
+    return dict(Counter(kind_of(m) for m in modules if isinstance(m, STORED) and packed(m) is None))
 
 
 def widened(weight: Quantized) -> Quantized:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
+
+from labkit import install
+from labkit._files import whole_folder
 
 CONFIG = "genai_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # without these onnxruntime-genai cannot read a text
@@ -25,7 +25,7 @@ def onnx(lm, folder, context: int | None = None, head_bits=8, embedding_bits=8, 
         from labkit.engine.families import read
         from labkit.export.genai import GenAIGraph, settings
     except ModuleNotFoundError as error:
-        raise ImportError(f"This needs {error.name}, which is not installed: pip install labkit[kernels]") from error
+        raise install.missing(str(error.name), "kernels") from error
     session.check(head_bits, embedding_bits, context=context)
     target = Path(folder)
     vacant(target, overwrite)
@@ -37,11 +37,7 @@ def onnx(lm, folder, context: int | None = None, head_bits=8, embedding_bits=8, 
             f"from 1 to {decoder.context}."
         )
     described = settings(lm, decoder, context)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        made = scratch / "new"
-        made.mkdir()  # with the permissions of any folder; those of a temporary one are for its owner alone
+    with whole_folder(target) as made:
         lm.tokenizer.save_pretrained(made)
         if missing := [name for name in TOKENIZER if not (made / name).is_file()]:
             raise ValueError(
@@ -49,9 +45,6 @@ def onnx(lm, folder, context: int | None = None, head_bits=8, embedding_bits=8, 
             )
         graph.build(decoder, made, context, head_bits, embedding_bits, GenAIGraph)
         (made / CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
-        _swap(made, target, scratch / "old")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -65,15 +58,3 @@ def vacant(target: Path, overwrite: bool) -> None:
         )
     if not (target / CONFIG).is_file():
         raise FileExistsError(f"{target} is no exported model (it holds no {CONFIG}), so it is not replaced.")
-
-
-def _swap(made: Path, target: Path, old: Path) -> None:
-    """Put a finished folder in its place; what stood there comes back when that fails."""
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(made, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise

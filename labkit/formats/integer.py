@@ -2,6 +2,11 @@
 
     weight ≈ (code - zero) * scale
 
+The symmetric format has scale = max|w| / 7.5 at 4 bits (half the largest code), as in GPTQ's code. The codes reach from -8
+to 7 steps and ±max|w| lies 7.5 steps out, so the largest weight of a group always errs by half a step, whichever its
+sign; in return all codes are used and no weight errs by more. GGUF's Q4_0 divides the largest weight, sign and all, by
+-8: it is then exact, but a weight of nearly that size and the other sign errs by almost a whole step.
+
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
 """
 
@@ -76,7 +81,7 @@ class Integer(Format):
 
     def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0, like: Params | None = None) -> Params:
         """Scale (as fp16 stores it) and integer zero point of each group: (out, groups, size) -> two of (out, groups)."""
-        if self.symmetric:
+        if self.symmetric:  # the largest weight errs by half a step: see the module
             scale = stored(groups.abs().amax(-1) * shrink / (self.top / 2))
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
         low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink

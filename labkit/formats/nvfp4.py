@@ -3,8 +3,8 @@
     weight ≈ value(code) * (scale * tensor_scale)
 
 The tensor's scale puts the largest block's scale at 448, the top of E4M3. Against MXFP4 the block is half as long and its
-scale no power of two, so the block's largest weight lands close to 6 and nothing is clipped by much; it costs a quarter
-of a bit more.
+scale no power of two, so the block's largest weight lands close to 6: above it in half of the blocks, where the scale was
+rounded down, but by a sixteenth at most (6.375). It costs a quarter of a bit more.
 
 NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv:2509.25149, section 2 and appendix on quantization.
 """

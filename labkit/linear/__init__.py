@@ -10,8 +10,12 @@ STORED = (PackedLinear, W8A8Linear, BnbLinear, SparseLinear)
 
 
 def from_spec(spec: dict):
-    """An empty layer as its ``spec()`` describes it, whose tensors a loader fills in."""
-    return {cls.__name__: cls for cls in STORED}[spec["module"]].from_spec(spec)
+    """An empty layer as its ``spec()`` describes it, whose tensors a loader fills in. ValueError for an unknown one."""
+    known = {cls.__name__: cls for cls in STORED}
+    name = spec.get("module") if isinstance(spec, dict) else None
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"module = {name!r} is not allowed: it must be one of {', '.join(known)}")
+    return known[name].from_spec(spec)
 
 
 __all__ = ["STORED", "BnbLinear", "PackedLinear", "SparseLinear", "W8A8Linear", "exact", "from_spec"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from labkit import install
+
 
 def library():
     """bitsandbytes, or an ImportError that says what to install."""
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError("This needs bitsandbytes, which is not installed: pip install labkit[lab]") from error
+        raise install.missing("bitsandbytes", "lab") from error
     return bitsandbytes
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-from labkit import heap, text
+from labkit import coverage, heap
 from labkit.measure import memory, roofline, timing
+from labkit.measure.alone import alone
+from labkit.measure.busy import is_busy
+from labkit.measure.latency import engine_latency
 from labkit.measure.latency import latency as _latency
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.measure.quality import Divergence, divergence, perplexity, quality
+from labkit.measure.reading import Reading
 from labkit.method import brief, check_model
 
 __all__ = [
@@ -29,17 +34,21 @@ def measure(
     lm,
     against=None,
     texts=("manual", "prose"),
-    windows: int = 8,
-    length: int = 512,
+    windows: int | None = None,
+    length: int | None = None,
     latency: bool = True,
     progress: bool = True,
     engine: bool = True,
+    prompt: int | None = None,
 ) -> Measurement:
     """Measure a model on this machine, now.
 
     ``against``: the uncompressed model, for KL, agreement and interleaved speed ratios. ``texts``: corpora or paths,
-    each cut into ``windows`` of ``length`` tokens. ``latency=False`` leaves the timing out, and ``engine=False`` that of
-    the compiled model (see :func:`labkit.compile`), which is also left out where there is none for this model.
+    each cut into ``windows`` of ``length`` tokens, of which those after the first ``prompt`` are scored: 8 of 512, all
+    scored, or 4 of 1,024 with 512 as the prompt where ``lm`` is under methods for the KV cache (give these three when you
+    measure the uncompressed model beside it, so that both are scored on the same tokens). ``latency=False`` leaves the
+    timing out, and ``engine=False`` all that needs the compiled model (see :func:`labkit.compile`): its time, and the KL
+    of what it computes. Both are left out, with a note, where a graph would not hold the weights packed.
     """
     check_model(lm)
     texts = (texts,) if isinstance(texts, (str, os.PathLike)) else texts
@@ -47,43 +56,87 @@ def measure(
         raise ValueError(
             f"texts = {brief(texts)} is not allowed: it must be one or more corpora or paths of text files."
         )
+    reading = Reading.of(lm, None, windows, length, prompt)
     found, hashes = {}, {}
     heap.trim()
-    with memory.peak(lm.device) as peak:
+    with alone(f"measuring {lm.name}"), memory.peak(lm.device) as peak:
+        graph, notes = compiled(lm) if engine else (None, ())
+        run = graph if hasattr(graph, "read") else None  # a CUDA graph replays the very modules that are read eagerly
         for name in texts:
-            ids = text.evaluation(lm, windows, length, name)
-            found[str(name)] = quality(lm, ids, against, progress, f"quality on {name}")
-            hashes[str(name)] = text.fingerprint(ids)
-        graph = compiled(lm) if latency and engine else None
-        eager, as_graph = _latency(lm, against, graph) if latency else (None, None)
+            ids = reading.ids(lm, name)
+            what = f"quality on {name}"
+            found[str(name)] = quality(lm, ids, against, progress, what, reading.prompt, run)
+            hashes[str(name)] = reading.fingerprint(ids)
+        eager = _latency(lm, against) if latency else None
+        as_graph = _as_graph(lm, graph, against) if latency and graph is not None else None
+        notes = (*notes, *_on_times(eager, as_graph, graph))
+    cached, tokens = memory.kv_bytes(lm)
     return Measurement(
         model=lm.name,
         method=" -> ".join(lm.history) or "uncompressed",
         quality=found,
         memory=Memory(
             weights=lm.nbytes,
-            linears=sum(memory.held(m) for m in memory.linear_layers(lm)),
-            bits_per_weight=memory.bits_per_weight(lm),
-            kv_per_token=memory.kv_per_token(lm),
+            linears=coverage.nbytes(lm),
+            bits_per_weight=coverage.bits_per_weight(lm),
+            kv_bytes=cached,
+            kv_tokens=tokens,
             peak=peak.bytes,
             engine=None if graph is None else graph.nbytes,
+            compressed=lm.coverage.share,
+            left=lm.coverage.left,
+            bits_before=8 * (lm if against is None else against).model.dtype.itemsize,
         ),
         latency=eager,
         engine=as_graph,
         device=str(lm.device),
+        notes=list(notes),
         texts=hashes,
     )
 
 
-def compiled(lm, kv_bits: int | None = None):
-    """The model as one graph, or None where it cannot be one: another family, another device, no onnxruntime."""
+def _on_times(eager: Latency | None, as_graph: Latency | None, graph) -> Iterator[str]:
+    """What to know about the times, in sentences."""
+    busy = max((t.busy or 0.0 for t in (eager, as_graph) if t), default=0.0)
+    if is_busy(busy):
+        yield f"Other programs took {busy:.0%} of the cores while it was timed: these times are not kept.".replace(
+            "%", " %"
+        )
+    if as_graph and (note := timing.cache_note(graph.nbytes, "weights of the graph")):
+        yield note
+
+
+def _as_graph(lm, graph, against):
+    """Its latency in turns with the uncompressed model as a graph, on as many threads as are best for each."""
+    baseline = None if against is None else compiled(against)[0]
+    found = engine_latency(lm, graph, baseline)
+    del baseline
+    heap.trim()
+    if lm.device.type == "cpu":
+        from labkit.engine.threads import contradict
+
+        contradict(graph, found.decode_ms / 1e3, found.context, is_busy(found.busy))
+    return found
+
+
+def compiled(lm, kv_bits: int | None = None) -> tuple[object | None, tuple[str, ...]]:
+    """(The model as one graph, notes on it), or (None, why not).
+
+    There is none for other families and devices and without onnxruntime; and none for weights that the graph's operators
+    do not read packed, for it would be a dense fp32 graph under the method's name.
+    """
     if lm.device.type not in ("cpu", "cuda"):
-        return None
+        return None, (f"There is no graph on {lm.device.type}.",)
     try:
         from labkit.engine import NotCompilable, compile
-    except ImportError:
-        return None
+        from labkit.engine.weights import unpacked
+    except ImportError as error:
+        return None, (f"There is no graph without {error.name}.",)
+    if lm.device.type == "cpu" and (dense := unpacked(memory.linear_layers(lm))):
+        kinds = ", ".join(f"{count} linears of {kind}" for kind, count in dense.items())
+        return None, (f"Not run as one graph: its operators would hold {kinds} as dense fp32.",)
     try:
-        return compile(lm, kv_bits=kv_bits)
-    except NotCompilable:
-        return None
+        graph = compile(lm, kv_bits=kv_bits)
+    except NotCompilable as error:
+        return None, (str(error),)
+    return graph, graph.notes

@@ -2,59 +2,93 @@
 
 Two ways: *eager*, through transformers, where everything can be looked at and Python runs between hundreds of small
 operators; and the *engine*, the whole model as one onnxruntime graph, where little but the reading of weights is left.
+Each is timed in turns with the uncompressed model run in the same way: a machine that drifts does not drift alike for both.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 
+from labkit import cache
 from labkit.measure import timing
 from labkit.measure.measurement import Latency
 from labkit.walk import blocks, linears
 
+PROMPT = 256  # tokens of the prompt whose reading is timed
+CONTEXT = 16  # tokens in the cache when decoding begins, so that weights are what a step reads
+LONG_CONTEXT = 1024  # the same under methods for the KV cache: they must have evicted or rounded something
+STEPS = 4  # tokens decoded in one sample
+ROUNDS = 15
+GROWN = 64  # tokens that are decoded before a text that cannot be cut back begins again
 
-def latency(
-    lm, against=None, engine=None, prompt: int = 512, context: int = 16, steps: int = 8, rounds: int = 5
-) -> tuple[Latency, Latency | None]:
-    """Time ``lm``, eagerly and, where there is an ``engine`` (``lm`` compiled), as one graph.
 
-    Interleaved with ``against``, where it is given. Decode: ms per token over ``steps`` at ``context``. All ratios are to
-    the uncompressed model run eagerly: ``against``, or ``lm`` itself for its own engine.
+def latency(lm, against=None, rounds: int = ROUNDS, context: int | None = None) -> Latency:
+    """Time ``lm`` eagerly; where it is given, in turns with ``against``, the uncompressed model.
+
+    ``context``: tokens in the cache when decoding begins; None: 16, or 1,024 where methods act on the cache.
     """
-    room = min(getattr(m.model.config, "max_position_embeddings", None) or prompt for m in (lm, against or lm))
-    prompt = min(prompt, room)
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
+    room = min(_room(m) for m in models.values())
+    context = length_for(lm, room) if context is None else min(context, room - STEPS)
+    prompt = min(PROMPT, room)
     prefills = {name: prefill_run(m, prompt) for name, m in models.items()}
-    decodes = {name: decode_run(m, context, steps) for name, m in models.items()}
-    if engine is not None:
-        prefills["engine"] = engine_prefill_run(engine, lm, prompt)
-        decodes["engine"] = engine_decode_run(engine, lm, context, steps)
-    prefill = timing.compare(prefills, rounds=max(2, rounds - 2))
-    decode = timing.compare(decodes, rounds=rounds)
-
-    layers = gemv(lm)
-
-    def made(name: str) -> Latency:
-        paired = name != prefill.baseline  # the uncompressed model, timed eagerly, comes first
-        p, d = prefill.timings[name], decode.timings[name]
-        return Latency(
-            prefill_ms=1e3 * p.median,
-            prefill_iqr=1e3 * p.iqr,
-            prefill_tokens=prompt,
-            decode_ms=1e3 * d.median / steps,
-            decode_iqr=1e3 * d.iqr / steps,
-            threads=torch.get_num_threads(),
-            prefill_ratio=prefill.ratio[name] if paired else None,
-            decode_ratio=decode.ratio[name] if paired else None,
-            gemv_us={} if name == "engine" else layers,
-        )
-
-    return made("this"), made("engine") if engine is not None else None
+    decodes = {name: decode_run(m, context, STEPS) for name, m in models.items()}
+    return _timed(prefills, decodes, prompt, context, rounds, torch.get_num_threads(), gemv(lm))
 
 
-@torch.inference_mode()
+def engine_latency(lm, graph, against=None, rounds: int = ROUNDS) -> Latency:
+    """Time ``graph``, which is ``lm`` compiled; where it is given, in turns with ``against``, the uncompressed graph."""
+    graphs = {"this": graph} if against is None else {"baseline": against, "this": graph}
+    room = min(g.context for g in graphs.values())
+    prompt, context = min(PROMPT, room), min(CONTEXT, room - STEPS)
+    prefills = {name: engine_prefill_run(g, lm, prompt) for name, g in graphs.items()}
+    decodes = {name: engine_decode_run(g, lm, context, STEPS) for name, g in graphs.items()}
+    return _timed(prefills, decodes, prompt, context, rounds, getattr(graph, "threads", 1), {})
+
+
+def length_for(lm, room: int) -> int:
+    """Tokens in the cache at which decoding shows what this model's methods do."""
+    return max(1, min(LONG_CONTEXT if cache.methods_of(lm.model) else CONTEXT, room - STEPS))
+
+
+def _room(lm) -> int:
+    return getattr(lm.model.config, "max_position_embeddings", None) or 1 << 20
+
+
+def _timed(
+    prefills: dict[str, Callable],
+    decodes: dict[str, Callable],
+    prompt: int,
+    context: int,
+    rounds: int,
+    threads: int,
+    gemv_us: dict[str, float],
+) -> Latency:
+    """Run the callables in turns. The one called "this" is what is wanted, "baseline" what it is compared with."""
+    prefill = timing.compare(prefills, rounds=rounds, warmup=1, min_seconds=0)
+    decode = timing.compare(decodes, rounds=rounds, warmup=2, min_seconds=0)
+    p, d, paired = prefill.timings["this"], decode.timings["this"], "baseline" in prefills
+    return Latency(
+        prefill_ms=1e3 * p.median,
+        prefill_iqr=1e3 * p.iqr,
+        prefill_tokens=prompt,
+        decode_ms=1e3 * d.median / STEPS,
+        decode_iqr=1e3 * d.iqr / STEPS,
+        threads=threads,
+        prefill_ratio=prefill.ratio["this"] if paired else None,
+        decode_ratio=decode.ratio["this"] if paired else None,
+        prefill_spread=list(prefill.spread["this"]) if paired else None,
+        decode_spread=list(decode.spread["this"]) if paired else None,
+        context=context,
+        rounds=rounds,
+        busy=max((b for b in (prefill.busy, decode.busy) if b is not None), default=None),
+        gemv_us=gemv_us,
+    )
+
+
 def gemv(lm) -> dict[str, float]:
     """Microseconds of each kind of linear for one token, as decoding meets it: every block's in turn. Name -> median."""
     stack = blocks(lm.model)
@@ -91,17 +125,26 @@ def prefill_run(lm, tokens: int):
 
 
 def decode_run(lm, context: int, steps: int):
-    """Greedy decoding of ``steps`` tokens after a prompt; the cache is cut back to the prompt before each run."""
+    """Greedy decoding of ``steps`` tokens after a prompt of ``context``.
+
+    The cache is cut back to the prompt before each run. One that has evicted or rounded cannot be cut back: there the text
+    goes on, and begins again, from a copy of the cache, once it is ``GROWN`` tokens longer (rarely, so that a median of
+    many runs does not see it).
+    """
     ids = _prompt(lm, context)
     with torch.inference_mode():
-        out = lm.model(ids, use_cache=True)
-    cache, first = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = lm.model(ids, use_cache=True, logits_to_keep=1)
+    begun, first = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    kept = begun if begun.is_croppable else copy.deepcopy(begun)
 
     @torch.inference_mode()
     def run():
-        kept = cache if cache.is_croppable else copy.deepcopy(cache)  # what a policy has evicted cannot be put back
-        if (grown := kept.get_seq_length() - context) > 0:
+        nonlocal kept
+        grown = kept.get_seq_length() - context
+        if grown and begun.is_croppable:
             kept.crop(-grown)
+        elif grown > GROWN:
+            kept = copy.deepcopy(begun)
         token = first
         for _ in range(steps):
             token = lm.model(token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1)

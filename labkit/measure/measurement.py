@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+
+from labkit.measure.busy import is_busy
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Quality:
     kl_se: float | None = None
     top1: float | None = None  # share of tokens whose most likely next token agrees, 0 to 1
     top1_se: float | None = None
-    kl_run: float | None = None  # nats per token, of the compiled model against the uncompressed one; None: not compiled
+    kl_run: float | None = (
+        None  # nats per token, of the compiled model against the uncompressed one; None: not compiled
+    )
     kl_run_se: float | None = None
     per_window: dict[str, list[float]] = field(default_factory=dict)  # "nll", "kl", "top1", "kl_run": means by window
 
@@ -38,7 +42,9 @@ class Memory:
     peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring, both models and all
     engine: int | None = None  # weights of the compiled model, head and embedding packed to 8 bits
     compressed: float = 1.0  # share of the decoder's weights that are no longer as they were, 0 to 1
-    left: list[str] = field(default_factory=list)  # what is as it was, "model.layers.*.mlp.experts.down_proj" for all blocks
+    left: list[str] = field(
+        default_factory=list
+    )  # what is as it was, "model.layers.*.mlp.experts.down_proj" for all blocks
     bits_before: int = 32  # of a weight of the model as it was loaded
 
 
@@ -62,7 +68,15 @@ class Latency:
     decode_spread: list[float] | None = None
     context: int = 16  # tokens in the cache when decoding begins
     rounds: int = 0  # samples behind each median
+    busy: float | None = None  # share of the cores that other programs took meanwhile, 0 to 1; None: unknown
     gemv_us: dict[str, float] = field(default_factory=dict)  # each kind of linear, one token, µs
+
+    def speed(self, phase: str) -> str | None:
+        """The ratio of "prefill" or "decode" with its quartiles, ``"2.60x (2.48 to 2.71)"``; None where there is none."""
+        ratio, spread = getattr(self, f"{phase}_ratio"), getattr(self, f"{phase}_spread")
+        if ratio is None:
+            return None
+        return f"{ratio:.2f}x" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,12 @@ class Measurement:
         """A plain, JSON-ready dictionary; :meth:`from_dict` reads it back."""
         return asdict(self)
 
+    def kept(self) -> Measurement:
+        """What of it may be stored: all, or all but times that other programs disturbed."""
+        if not any(is_busy(t.busy) for t in (self.latency, self.engine) if t):
+            return self
+        return replace(self, latency=None, engine=None)
+
     @classmethod
     def from_dict(cls, row: dict) -> Measurement:
         row = dict(row)
@@ -94,48 +114,15 @@ class Measurement:
         return cls(**row)
 
     def table(self) -> list[tuple[str, str, str]]:
-        """Rows of (what, value, unit) for people; error bands are one standard error or the interquartile range."""
-        rows = []
-        for text, q in self.quality.items():
-            rows.append((f"perplexity on {text}", f"{q.perplexity:.2f} ± {q.perplexity_se:.2f}", "lower is better"))
-            if q.kl is not None:
-                rows.append((f"KL divergence on {text}", f"{q.kl:.4f} ± {q.kl_se:.4f}", "nats per token"))
-                rows.append((f"top-1 agreement on {text}", f"{100 * q.top1:.1f} ± {100 * q.top1_se:.1f}", "%"))
-        m = self.memory
-        rows += [
-            ("weights held", f"{m.weights / 1e6:.1f}", "MB"),
-            ("linear layers", f"{m.linears / 1e6:.1f}", "MB"),
-            ("bits per linear weight", f"{m.bits_per_weight:.2f}", "bits, metadata included"),
-            *(
-                [("weights as one graph", f"{m.engine / 1e6:.1f}", "MB, head and embedding at 8 bits")]
-                if m.engine
-                else []
-            ),
-            (f"KV cache of {m.kv_tokens:,} tokens", f"{m.kv_bytes / 1e6:.1f}", "MB"),
-        ]
-        if m.peak is not None:
-            rows.append(("peak memory while measuring", f"{m.peak / 1e6:.0f}", "MB"))
-        for t, way in ((self.latency, ""), (self.engine, ", one graph")):
-            if t is None:
-                continue
-            faster = "" if t.prefill_ratio is None else f" ({t.prefill_ratio:.2f}x the eager baseline's speed)"
-            rows.append(
-                (f"prefill, {t.prefill_tokens} tokens{way}", f"{t.prefill_ms:.0f} ± {t.prefill_iqr:.0f}", "ms" + faster)
-            )
-            faster = "" if t.decode_ratio is None else f" ({t.decode_ratio:.2f}x the eager baseline's speed)"
-            rows.append((f"decode{way}", f"{t.decode_ms:.1f} ± {t.decode_iqr:.1f}", "ms per token" + faster))
-        if self.latency and self.latency.gemv_us:
-            each = self.latency.gemv_us
-            slowest = max(each, key=each.get)
-            what = f"µs for one token; the slowest is {slowest}: {each[slowest]:.0f}"
-            rows.append(("linears of one block", f"{sum(each.values()):.0f}", what))
-        return rows
+        """Rows of (what, value, unit) for people; ± is one standard error over windows, of times the interquartile range."""
+        return [*_quality_rows(self.quality), *_memory_rows(self), *_latency_rows(self)]
 
     def __str__(self) -> str:
         rows = self.table()
         width = max(len(what) for what, _, _ in rows)
         head = f"{self.method} on {self.model}, {self.device} ({self.label})"
-        return "\n".join([head, *(f"  {what:<{width}}  {value:>16}  {unit}" for what, value, unit in rows)])
+        lines = [f"  {what:<{width}}  {value:>16}  {unit}" for what, value, unit in rows]
+        return "\n".join([head, *lines, *(f"  * {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -144,4 +131,68 @@ class Measurement:
             for what, value, unit in self.table()
         )
         head = html.escape(f"{self.method} on {self.model}, {self.device} ({self.label})")
-        return f"<table><caption style='text-align:left'><b>{head}</b></caption>{cells}</table>"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<table><caption style='text-align:left'><b>{head}</b></caption>{cells}</table>{notes}"
+
+
+Rows = list[tuple[str, str, str]]
+
+
+def _quality_rows(quality: dict[str, Quality]) -> Rows:
+    rows = []
+    for text, q in quality.items():
+        rows.append((f"perplexity on {text}", f"{q.perplexity:,.2f} ± {q.perplexity_se:,.2f}", "lower is better"))
+        if q.kl is not None:
+            rows.append((f"KL on {text}", f"{q.kl:.4f} ± {q.kl_se or 0:.4f}", "nats per token, products exact"))
+        if q.kl_run is not None:
+            unit = "nats per token, as one graph: activations and head in 8 bits"
+            rows.append((f"KL as run on {text}", f"{q.kl_run:.4f} ± {q.kl_run_se or 0:.4f}", unit))
+        if q.top1 is not None:
+            rows.append((f"same top token on {text}", f"{100 * q.top1:.1f} ± {100 * (q.top1_se or 0):.1f}", "%"))
+    return rows
+
+
+def _memory_rows(found: Measurement) -> Rows:
+    m = found.memory
+    rows = [
+        ("weights held", f"{m.weights / 1e6:,.1f}", "MB"),
+        ("linear layers", f"{m.linears / 1e6:,.1f}", "MB"),
+        ("bits per linear weight", f"{m.bits_per_weight:.2f}", "metadata included"),
+        (f"share of {m.bits_before}-bit weights", f"{100 * m.bits_per_weight / m.bits_before:.0f}", "%"),
+    ]
+    if m.bits_before > 16:
+        unit = "%, the field's baseline (modelled)"
+        rows.append(("share of 16-bit weights", f"{100 * m.bits_per_weight / 16:.0f}", unit))
+    if m.left and found.method != "uncompressed":
+        rows.append(("decoder's weights compressed", f"{100 * m.compressed:.0f}", f"%, all but {', '.join(m.left)}"))
+    if m.engine is not None:
+        rows.append(("weights as one graph", f"{m.engine / 1e6:,.1f}", "MB, head and embedding at 8 bits"))
+    rows.append((f"KV cache of {m.kv_tokens:,} tokens", f"{m.kv_bytes / 1e6:,.1f}", "MB"))
+    if m.peak is not None:
+        rows.append(("peak of the process", f"{m.peak / 1e6:,.0f}", "MB, while measuring, with both models"))
+    return rows
+
+
+def _latency_rows(found: Measurement) -> Rows:
+    rows = []
+    for t, way in ((found.latency, "eager"), (found.engine, "one graph")):
+        if t is None:
+            continue
+        prefill, decode = f"{t.prefill_ms:,.0f} ± {t.prefill_iqr:,.0f}", f"{t.decode_ms:,.1f} ± {t.decode_iqr:,.1f}"
+        rows.append((f"prefill of {t.prefill_tokens:,} tokens, {way}", prefill, "ms, median ± IQR"))
+        rows.append((f"decode after {t.context:,} tokens, {way}", decode, "ms per token, median ± IQR"))
+        unit = f"of the uncompressed model's, {way} too, in turns" + (f"; {t.rounds} rounds" if t.rounds else "")
+        for phase in ("prefill", "decode"):
+            if (speed := t.speed(phase)) is not None:
+                rows.append((f"{phase} speed, {way}", speed, unit))
+        rows.append((f"threads, {way}", str(t.threads), ""))
+    fastest = found.engine or found.latency
+    if fastest and fastest.decode_ratio and found.memory.bits_before == 32:
+        unit = "modelled: half of the bytes make it at most twice as fast as fp32"
+        rows.append(("decode speed against 16 bits", f"at least {fastest.decode_ratio / 2:.2f}x", unit))
+    if found.latency and found.latency.gemv_us:
+        each = found.latency.gemv_us
+        slowest = max(each, key=each.get)
+        what = f"µs for one token; the slowest is {slowest}: {each[slowest]:.0f}"
+        rows.append(("linears of one block", f"{sum(each.values()):.0f}", what))
+    return rows

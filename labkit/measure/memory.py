@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 from labkit import cache
+from labkit.coverage import bits_per_weight  # noqa: F401  (of the same family as what is here)
 from labkit.walk import blocks, is_linear
+
+KV_TOKENS = 1000  # the length at which a cache is weighed
 
 
 def held(module: torch.nn.Module) -> int:
@@ -23,19 +26,6 @@ def held(module: torch.nn.Module) -> int:
 def linear_layers(lm) -> list[torch.nn.Module]:
     """The decoder's linear layers, which compression is about (the embedding and the head are not among them)."""
     return [m for m in blocks(lm.model).modules() if is_linear(m)]
-
-
-def bits_per_weight(lm) -> float:
-    """Stored bits per weight of the decoder's linear layers: codes, scales and zeros; biases and runtime copies apart."""
-    bits = weights = 0
-    for layer in linear_layers(lm):
-        if hasattr(layer, "stored_nbytes"):
-            bits += 8 * layer.stored_nbytes
-            weights += layer.in_features * layer.out_features
-        else:
-            bits += 8 * layer.weight.numel() * layer.weight.element_size()
-            weights += layer.weight.numel()
-    return bits / weights
 
 
 def kv_per_token(lm, tokens: int | None = None) -> int:
@@ -53,6 +43,19 @@ def kv_per_token(lm, tokens: int | None = None) -> int:
         short = cache_bytes(kept)
         kept = lm.model(ids, past_key_values=kept, use_cache=True).past_key_values
     return (cache_bytes(kept) - short) // tokens
+
+
+def kv_bytes(lm, tokens: int = KV_TOKENS) -> tuple[int, int]:
+    """(bytes that the KV cache holds after a prompt, its tokens): weighed on a real cache, batch 1.
+
+    ``tokens``: of the prompt, or as many as the model has positions for. What a budgeted or rounded cache holds is not
+    what it grows by times its length: of a prompt of 1,000 tokens a budget of 256 keeps 256.
+    """
+    tokens = min(tokens, getattr(lm.model.config, "max_position_embeddings", None) or tokens)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(tokens, device=lm.device)[None] * 7 % vocabulary
+    with torch.inference_mode():
+        return cache_bytes(lm.model(ids, use_cache=True, logits_to_keep=1).past_key_values), tokens
 
 
 def cache_bytes(kept) -> int:

@@ -20,10 +20,7 @@ import hashlib
 import json
 import math
 import numbers
-import os
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from labkit._files import write_text
 from labkit.measure import timing
 from labkit.measure.machine import cores, machine
 from labkit.paths import cache, data
@@ -48,7 +46,6 @@ else:
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call their number of experts
 DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4")  # the names a peak can have
-_BUSY = 0.1  # when others take more of the cores than this, a measurement is spoiled
 _VERSION = 1  # of the cached file: raise it when measuring changes
 
 
@@ -118,7 +115,7 @@ class Roofline(Roof):
 
     def __str__(self) -> str:
         head = f"{self.name}, {self.device}, {self.threads} thread(s), {self.when} ({self.label})"
-        if self.others > _BUSY:
+        if self.others > timing.BUSY:
             head += f"; other programs took {100 * self.others:.0f} % of the cores, so the roofs are too low"
         return "\n".join([head, *(f"  {what:<16}{value:>10}  {unit}" for what, value, unit in self.table())])
 
@@ -411,7 +408,7 @@ def measure(
     if found is not None:
         _warn_if_busy(found)
         return found
-    with timing.threads(threads), torch.inference_mode():
+    with timing.alone("the roofline"), timing.threads(threads), torch.inference_mode():
         roof = _measure(watch.name, seconds, threads, progress)
     _warn_if_busy(roof)
     _write(path, roof)
@@ -422,38 +419,20 @@ def _measure(device: str, seconds: float, threads: int, progress: bool) -> Roofl
     cuda = device != "cpu"
     products = _cuda_products(device) if cuda else _cpu_products()
     reads, peaks, sizes = {}, {}, {}
-    clock, other = time.perf_counter(), others_seconds()
+    others = timing.Watch()
     for stage in track(["read", *products], f"measuring the roofline of {device}", show=progress):
         if stage == "read":
             reads = _bandwidths(device, seconds)
         elif (best := _best_product(products[stage], device, seconds)) is not None:
             peaks[stage], sizes[stage] = best
     name = torch.cuda.get_device_name(torch.device(device)) if cuda else machine()
-    share = (others_seconds() - other) / (cores() * (time.perf_counter() - clock))
+    share = others.share() or 0.0
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Roofline(
-        name, max(reads.values()), peaks, "measured", when, threads, device, reads, sizes, min(max(share, 0.0), 1.0)
-    )
-
-
-def others_seconds() -> float:
-    """CPU seconds that others have used so far on the cores this process may use; 0 where the system does not say.
-
-    From Linux's /proc/stat, which counts all programs, the kernel's work and what a hypervisor took; less our own.
-    """
-    try:
-        mine = {f"cpu{n}" for n in os.sched_getaffinity(0)}
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        ticks = [[int(t) for t in line[1:9]] for line in lines if line and line[0] in mine]
-        # user, nice, system, idle, iowait, irq, softirq, steal
-        busy = sum(sum(t) - t[3] - t[4] for t in ticks)
-        return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
-    except (AttributeError, OSError, ValueError, IndexError):
-        return 0.0
+    return Roofline(name, max(reads.values()), peaks, "measured", when, threads, device, reads, sizes, share)
 
 
 def _warn_if_busy(roof: Roofline) -> None:
-    if roof.others > _BUSY:
+    if roof.others > timing.BUSY:
         warnings.warn(
             f"Other programs took {100 * roof.others:.0f} % of the cores while these roofs were measured, so the roofs "
             "are too low. Close those programs and call measure(refresh=True).",
@@ -609,17 +588,10 @@ def _read(path: Path) -> Roofline | None:
 
 def _write(path: Path, roof: Roofline) -> None:
     """All of the file or nothing. A full or read-only disk costs the memory of it, not the measurement."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(asdict(roof), file, indent=1)
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(roof), indent=1))
     except OSError as error:
         warnings.warn(f"The roofline was measured but could not be kept in {path}: {error}.", stacklevel=3)
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 # --- checks --------------------------------------------------------------------------------------

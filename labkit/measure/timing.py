@@ -3,12 +3,14 @@
     timing.time_one(lambda: x @ w)                              # Timing: median and quartiles, in seconds
     timing.compare({"fp32": dense, "4-bit": packed})            # Comparison: paired ratios to the first one
 
-Three things go wrong when people time by hand, and this module is about them:
+Four things go wrong when people time by hand, and this module is about them:
 
 - **The machine drifts** (clocks, neighbours, heat). ``compare`` therefore runs A B B A … and takes the ratio inside
   each round, so that a slow second slows both sides: the median of those ratios is steadier than the ratio of medians.
 - **The cache lies.** A small matrix that is multiplied a thousand times in a row stays in the cache; in a real decode
   step every layer's weights come from memory. ``flush=True`` empties the caches before every sample.
+- **Somebody else works here.** Timings wait for each other (:func:`alone`), and what other programs took of the cores
+  meanwhile is part of the result (``busy``); rounds that they disturbed are timed again.
 - **A GPU returns before it is done.** A call only queues work. Here CUDA events are recorded on the GPU's own
   timeline and waited for; :func:`without_synchronize` shows what a plain stopwatch reads instead.
 
@@ -27,15 +29,42 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 
+from labkit.measure.alone import alone
+from labkit.measure.busy import BUSY, Watch, is_busy, others_seconds, quiet
 from labkit.progress import track
 
-_now = time.perf_counter  # the CPU's clock, in seconds; the tests put a fake one here
+__all__ = [
+    "BUSY",
+    "Comparison",
+    "Timing",
+    "Unsynchronized",
+    "Watch",
+    "alone",
+    "cache_note",
+    "compare",
+    "duration",
+    "fits_cache",
+    "is_busy",
+    "last_level_cache",
+    "others_seconds",
+    "quartiles",
+    "quiet",
+    "stopwatch",
+    "threads",
+    "time_one",
+    "without_synchronize",
+]
+
+_now, _sleep = time.perf_counter, time.sleep  # the CPU's clock, in seconds; the tests put fake ones here
 _MOST_CALLS = 1_000_000  # calls per sample, for a callable too fast for the clock to see
+_REST = 0.005  # seconds between two samples of different callables
+_STRETCH = 0.25  # seconds of rounds that are judged, and thrown away, together: the system counts in ticks of 0.01
 
 
 @dataclass(frozen=True)
@@ -51,18 +80,33 @@ class Timing:
     threads: int  # torch's CPU threads while timing
     calls: int = 1  # calls per sample: each sample is the mean of that many
     flushed: bool = False  # whether the caches were emptied before every sample
+    busy: float | None = None  # share of the cores that others took meanwhile, 0 to 1; None: the system does not say
 
     @classmethod
-    def of(cls, samples, device: str = "cpu", threads: int = 1, calls: int = 1, flushed: bool = False) -> Timing:
+    def of(
+        cls,
+        samples,
+        device: str = "cpu",
+        threads: int = 1,
+        calls: int = 1,
+        flushed: bool = False,
+        busy: float | None = None,
+    ) -> Timing:
         """Summarize samples (seconds per call)."""
         low, median, high = quartiles(samples)
-        return cls(median, high - low, low, high, tuple(samples), device, threads, calls, flushed)
+        return cls(median, high - low, low, high, tuple(samples), device, threads, calls, flushed, busy)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took more than ``BUSY`` of the cores: too much for a time that is kept."""
+        return is_busy(self.busy)
 
     def __str__(self) -> str:
         cold = ", caches flushed" if self.flushed else ""
         return (
             f"{duration(self.median)} ({duration(self.low)} to {duration(self.high)}) on {self.device}, "
             f"{_count(self.threads, 'thread')}, {len(self.samples)} x {_count(self.calls, 'call')}{cold}"
+            f"{_disturbance(self.busy)}"
         )
 
 
@@ -75,6 +119,13 @@ class Comparison:
     rounds: dict[str, tuple[float, ...]]  # name -> the paired ratio of every round
     ratio: dict[str, float]  # name -> median of the paired ratios
     spread: dict[str, tuple[float, float]]  # name -> quartiles of the paired ratios
+    busy: float | None = None  # share of the cores that others took meanwhile, 0 to 1; None: the system does not say
+    repeated: int = 0  # rounds that others disturbed, and that were thrown away and timed again
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took more than ``BUSY`` of the cores, in the rounds that were kept: do not store such times."""
+        return is_busy(self.busy)
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Rows of (name, median, middle half, times the baseline's speed, middle half of that), as text."""
@@ -97,9 +148,10 @@ class Comparison:
         """How it was measured, in one line."""
         t = self.timings[self.baseline]
         cold = ", caches flushed before every sample" if t.flushed else ""
+        again = f" ({self.repeated} timed again, for others were busy)" if self.repeated else ""
         return (
-            f"measured on {t.device}, {_count(t.threads, 'thread')}, {len(t.samples)} interleaved rounds{cold}; "
-            f"ratios are paired, above 1 is faster than {self.baseline}"
+            f"measured on {t.device}, {_count(t.threads, 'thread')}, {len(t.samples)} interleaved rounds{again}{cold}; "
+            f"ratios are paired, above 1 is faster than {self.baseline}{_disturbance(self.busy)}"
         )
 
     def __str__(self) -> str:
@@ -138,7 +190,7 @@ class Unsynchronized:
 def time_one(
     fn: Callable[[], object],
     *,
-    device: str | torch.device | None = "cpu",
+    device: str | torch.device | None = None,
     repeats: int = 20,
     warmup: int = 3,
     min_seconds: float = 0.2,
@@ -160,11 +212,14 @@ def time_one(
     _check_settings(warmup=warmup, min_seconds=min_seconds, flush=flush)
     _whole("repeats", repeats, 1)
     watch = stopwatch(device)
-    fn = watch.prepare(fn, warmup, graph)
-    with _undisturbed():
-        calls = 1 if flush else _calibrate(watch, fn, min_seconds / repeats)
-        samples = [watch.sample(fn, calls, flush) for _ in range(repeats)]
-    return Timing.of(samples, watch.name, torch.get_num_threads(), calls, flush)
+    with alone("timing a callable"):
+        fn = watch.prepare(fn, warmup, graph)
+        with _undisturbed():
+            calls = 1 if flush else _calibrate(watch, fn, min_seconds / repeats)
+            others = Watch()
+            samples = [watch.sample(fn, calls, flush) for _ in range(repeats)]
+            busy = others.share()
+    return Timing.of(samples, watch.name, torch.get_num_threads(), calls, flush, busy)
 
 
 def compare(
@@ -186,6 +241,9 @@ def compare(
     nobody always runs first or after the same neighbour. ``seed`` fixes the order. Ratios are taken within a round,
     baseline time over own time, so above 1 is faster; their median and quartiles are reported.
 
+    Rounds during which others took more than a tenth of the cores are thrown away and timed again, once; what the rounds
+    that were kept still met is in ``busy``. Nothing else is timed on this machine meanwhile: see :func:`alone`.
+
     ``min_seconds`` is the least time that each callable's samples last together; the other arguments are those of
     :func:`time_one`. Raises ValueError, naming the value, for anything that does not fit.
     """
@@ -204,15 +262,25 @@ def compare(
     _whole("seed", seed, 0)
 
     watch = stopwatch(device)
-    ready = {name: watch.prepare(fn, warmup, graph) for name, fn in callables.items()}
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    with _undisturbed():
-        calls = {n: 1 if flush else _calibrate(watch, fn, min_seconds / rounds) for n, fn in ready.items()}
-        for order in track(_orders(names, rounds, seed), "timing", show=progress, total=rounds):
-            for name in order:
-                taken[name].append(watch.sample(ready[name], calls[name], flush))
-    threads = torch.get_num_threads()
-    timings = {n: Timing.of(taken[n], watch.name, threads, calls[n], flush) for n in names}
+    with alone(f"timing {', '.join(names)}"[:120]):
+        ready = {name: watch.prepare(fn, warmup, graph) for name, fn in callables.items()}
+        with _undisturbed():
+            calls = {n: 1 if flush else _calibrate(watch, fn, min_seconds / rounds) for n, fn in ready.items()}
+            orders = _orders(names, 2 * rounds, seed)
+
+            def sample(name: str) -> float:
+                if len(names) > 1:
+                    watch.rest()
+                return watch.sample(ready[name], calls[name], flush)
+
+            first = _take(orders, rounds, sample, "timing", progress)
+            kept = [s for s in first if not is_busy(s.share)]
+            repeated = rounds - sum(len(s.rounds) for s in kept)
+            if repeated:
+                kept += _take(orders, repeated, sample, "timing again, for others were busy", progress)
+    threads, busy = torch.get_num_threads(), _share(kept)
+    taken = {n: [times[n] for s in kept for times in s.rounds] for n in names}
+    timings = {n: Timing.of(taken[n], watch.name, threads, calls[n], flush, busy) for n in names}
     ratios = {n: tuple(_ratio(b, t) for b, t in zip(taken[baseline], taken[n])) for n in names}
     middle = {n: quartiles(r) for n, r in ratios.items()}
     return Comparison(
@@ -221,7 +289,41 @@ def compare(
         rounds=ratios,
         ratio={n: m for n, (_, m, _) in middle.items()},
         spread={n: (low, high) for n, (low, _, high) in middle.items()},
+        busy=busy,
+        repeated=repeated,
     )
+
+
+@dataclass
+class _Stretch:
+    """Some rounds in a row, and the share of the cores that others took meanwhile."""
+
+    rounds: list[dict[str, float]] = field(default_factory=list)  # seconds of each callable
+    watch: Watch = field(default_factory=Watch)
+    seconds: float = 0.0
+    share: float | None = None
+
+    def close(self) -> None:
+        self.seconds, self.share = self.watch.seconds, self.watch.share()
+
+
+def _take(orders, count: int, sample: Callable[[str], float], what: str, progress: bool) -> list[_Stretch]:
+    """Time that many rounds, in stretches that are long enough for the system's counters."""
+    found = [_Stretch()]
+    for order in track(islice(orders, count), what, show=progress, total=count):
+        if found[-1].watch.seconds >= _STRETCH:
+            found[-1].close()
+            found.append(_Stretch())
+        found[-1].rounds.append({name: sample(name) for name in order})
+    found[-1].close()
+    return found
+
+
+def _share(stretches: list[_Stretch]) -> float | None:
+    """The share of the cores that others took in all of these together."""
+    known = [(s.share, s.seconds) for s in stretches if s.share is not None]
+    total = sum(seconds for _, seconds in known)
+    return sum(share * seconds for share, seconds in known) / total if total > 0 else None
 
 
 def without_synchronize(fn: Callable[[], object], device: str | torch.device | None = None) -> Unsynchronized:
@@ -286,6 +388,22 @@ def last_level_cache() -> int:
     return max([s for s in sizes if s > 0], default=32 << 20)
 
 
+def fits_cache(nbytes: int) -> bool:
+    """Whether that many bytes stay in the largest CPU cache from one decode step to the next."""
+    return nbytes <= last_level_cache()
+
+
+def cache_note(nbytes: int, what: str = "weights") -> str:
+    """What to say beside a decode time of so many bytes of weights; empty where they have to come from memory."""
+    if not fits_cache(nbytes):
+        return ""
+    size = f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"
+    return (
+        f"The {what} ({size}) fit the CPU's last-level cache ({last_level_cache() / 1e6:.0f} MB): from one step to the next "
+        "they need not come from memory, so decoding can be faster than the memory roof."
+    )
+
+
 def _size(path: Path) -> int:
     """``"32768K"`` in a sysfs file -> bytes; 0 when unreadable."""
     try:
@@ -307,6 +425,10 @@ class _Cpu:
 
     def wait(self) -> None:
         """Until all queued work is done: on a CPU it always is."""
+
+    def rest(self) -> None:
+        """Let the threads of the callable before go to sleep: a pool spins on for a while when its work is done."""
+        _sleep(_REST)
 
     def prepare(self, fn, warmup: int, graph: bool):
         if graph:
@@ -361,6 +483,9 @@ class _Cuda:
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def rest(self) -> None:
+        """Nothing of the GPU's spins on."""
 
     def prepare(self, fn, warmup: int, graph: bool):
         with torch.cuda.device(self.device):
@@ -471,6 +596,10 @@ def _undisturbed() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def _disturbance(busy: float | None) -> str:
+    return f"; other programs took {100 * busy:.0f} % of the cores meanwhile: do not trust it" if is_busy(busy) else ""
 
 
 def _count(n: int, what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,15 +20,16 @@ ALLOCATION = knob(
     help="Every block the same; or fewer zeros where scores have outliers (OWL); or where zeros cost most, measured.",
 )
 SPREAD = 0.08  # the most that a block's sparsity differs from the mean (OWL's lambda)
-OUTLIER = 5  # a score this many times the mean of its matrix is an outlier (OWL's M)
+OUTLIER = 5  # a score this many times the mean of its block is an outlier (OWL's M)
 
 
 def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callable[[str], float]:
     """A function from a linear's path to its sparsity, ``method.sparsity`` on average over the decoder's weights.
 
     "owl": Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024, section 3.2: a block's density grows with its
-    share of outliers among |w|·‖x‖. "sensitivity": it grows with the logarithm of the KL divergence that pruning
-    this block alone costs, on the first calibration window.
+    share of outliers among |w|·‖x‖ (see :func:`outliers`). "sensitivity": it grows with the logarithm of the KL
+    divergence that pruning this block alone costs, on the first two calibration windows: one of each text of the
+    mixed calibration.
     """
     if method.allocation == "uniform":
         return lambda path: method.sparsity
@@ -40,20 +41,35 @@ def allocated(lm, calib: torch.Tensor, method, progress: bool = True) -> Callabl
     for block in stack:
         unpack(block)
     worth, sizes = [], []
-    probe = Probe(lm, calib[:1]) if method.allocation == "sensitivity" else None
+    probe = Probe(lm, calib[:2]) if method.allocation == "sensitivity" else None
     for block, norms in track(_norms(lm, calib), "looking at each block", progress, total=len(stack)):
         weights = {module: weight_of(module).float() for _, module in linears(block)}
         scores = {module: w.abs() * norms[module] for module, w in weights.items()}
         sizes.append(sum(w.numel() for w in weights.values()))
         if probe is None:
-            outliers = sum((s > OUTLIER * s.mean()).sum().item() for s in scores.values())
-            worth.append(outliers / sizes[-1])
+            worth.append(outliers(list(scores.values())))
         else:
             pruned = {m: w * keep_mask(scores[m], method.sparsity, None, "row") for m, w in weights.items()}
             worth.append(math.log(max(probe.cost(pruned), 1e-9)))
     shares = spread(worth, sizes, method.sparsity)
     prefix = path_of(stack, lm.model)
     return lambda path: shares[int(path.removeprefix(f"{prefix}.").partition(".")[0])]
+
+
+def outliers(scores: Sequence[torch.Tensor], times: float = OUTLIER) -> float:
+    """The share of a block's scores above ``times`` their mean; all linears of the block have one mean between them.
+
+    ``scores``: |w|·‖x‖ of each linear, (out, in). As in the authors' code, which joins the scores of a block's linears
+    before it takes the mean. So a linear whose inputs are large, such as the one after attention or the last of the
+    feed-forward, can hold most of a block's outliers.
+
+    On this model a mean of its own for each matrix would do better. Wanda at 70 % zeros, KL on manual / prose: 3.71 / 2.87
+    without allocation, 3.65 / 2.63 with this one, 3.26 / 2.44 with a mean for each matrix (a first look: calibrated on 2
+    windows of 256 tokens, 2 such windows of each text read).
+    """
+    count = sum(s.numel() for s in scores)
+    mean = sum(s.sum(dtype=torch.float64).item() for s in scores) / count
+    return sum((s > times * mean).sum().item() for s in scores) / count
 
 
 def spread(worth: list[float], sizes: list[int], sparsity: float, width: float = SPREAD) -> list[float]:

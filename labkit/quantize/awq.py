@@ -14,6 +14,7 @@ from labkit.method import Method, knob
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of, rounded
 from labkit.walk import Flow, Prepare, Stats, set_weight, walk, weight_of
 
+WINDOWS = 4  # calibration windows that the scale search looks at; why so few are enough: text.calibration
 GRID = 20  # the scale search tries the exponents 0, 1/20, … 19/20; the clip search cuts ranges in steps of 1/20
 SHORTEST = 0.5  # the smallest share of a group's range that the clip search tries
 UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv_proj", "c_attn")  # as in the paper's code
@@ -26,6 +27,17 @@ class AWQ(Method):
     Per channel s = mean|x|^r; of 20 exponents r the one whose rounding changes the enclosing module's output least. The
     inverse goes into what produces the input (a norm, or the rows of the layer before), so the model's function stays.
     Then each group's range is cut to the share that changes the layer's output least.
+
+    Scales as in the authors' code: the grid, the normalisation by √(max·min), the loss on the output of the module that
+    reads them. Different here:
+
+    - Inputs come from blocks that are already quantized; the authors' are those of the uncompressed model.
+    - v is scaled against o under grouped-query attention too, one factor for all heads that share a KV head; the authors'
+      code skips it there.
+    - The scale search reads ``windows`` windows of the calibration; the authors' reads all of it.
+    - The clip search is ours: both ends of a group's range shrink in proportion, in steps of 1/20 down to one half, and
+      the loss is exact over all calibration tokens. The authors' clamps the weights at ±c·max|w|, fits the range anew,
+      goes down to 0.55 and looks at 512 tokens.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -41,7 +53,7 @@ class AWQ(Method):
     scale: bool = knob(True, help="Off: no scaling, clipping alone.")
     clip: bool = knob(True, help="Off: each grid spans the whole range of its group.")
     windows: int = knob(
-        4, low=1, high=128, stops=(1, 2, 4, 8), help="Calibration windows that the scale search looks at."
+        WINDOWS, low=1, high=128, stops=(1, 2, 4, 8), help="Calibration windows that the scale search looks at."
     )
 
     def apply(self, lm, calib, progress: bool) -> None:
@@ -119,7 +131,8 @@ def best_factors(block: nn.Module, fold: Fold, run, form: Format) -> Search:
 def clipped(weight: torch.Tensor, gram: torch.Tensor, form: Format) -> Encoded:
     """Encode a weight (out, in) with each group's range cut to the share that changes x·w over that group least.
 
-    The squared change over the calibration is dᵀGd, with d what rounding did to the group's weights and G the group's
+    Not the clipping of AWQ's code, which clamps the weights symmetrically and fits the range again: see :class:`AWQ`. The
+    squared change over the calibration is dᵀGd, with d what rounding did to the group's weights and G the group's
     block of ``gram`` (in, in), the sum of xxᵀ.
     """
     groups = form.groups(weight)  # (out, groups, size)

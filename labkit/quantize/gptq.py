@@ -10,12 +10,11 @@ import torch
 
 from labkit.formats import Encoded, Format
 from labkit.method import Method, knob
-from labkit.quantize.awq import best_shares, scaling
+from labkit.quantize.awq import best_shares, clipped
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of
-from labkit.walk import Stats, walk
+from labkit.walk import Prepare, Stats, walk
 
 BLOCK = 128  # columns whose updates to the rest of the matrix are made in one product
-WINDOWS = 4  # calibration windows that the search for scales looks at
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,12 @@ class GPTQ(Method):
 
     The layer's inputs X say how: H = 2XXᵀ over the calibration is the Hessian of the squared output error. The error of
     column j, divided by the j-th diagonal entry of the upper Cholesky factor of H⁻¹, is taken from the later columns in
-    proportion to that factor's row j. The paper's own settings are ``scale=False, clip=False``.
+    proportion to that factor's row j.
+
+    Algorithm 1 of the paper goes from left to right and fits a group's grid when the group comes: ``act_order=False``.
+    The default goes by size of the inputs, with all grids fitted beforehand. Both came later, in the authors' repository
+    (``--act-order``, and ``--static-groups`` in July 2023), and act-order is what the field has used since: AutoGPTQ's
+    ``desc_act``, and the GPTQ-R of AWQ's table 4. For AWQ's scaling and clipping before it see :class:`AWQGPTQ`.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -37,24 +41,30 @@ class GPTQ(Method):
     group_size: int | None = GROUP_SIZE
     symmetric: bool = SYMMETRIC
     format: str = FORMAT
-    act_order: bool = knob(True, help="Round the columns with the largest inputs first, while many can still make up.")
+    act_order: bool = knob(
+        True,
+        help="Round the columns with the largest inputs first, with each group's grid fitted beforehand (static groups). "
+        "Off: the paper's algorithm 1, left to right, with each grid fitted when its group comes.",
+    )
     damp: float = knob(
         0.01, low=0.0001, high=1.0, stops=(0.001, 0.01, 0.03, 0.1, 0.3), help="Share of H's mean diagonal added to it."
     )
-    scale: bool = knob(True, help="First scale the columns as AWQ does (not in the paper: both texts gain).")
-    clip: bool = knob(True, help="Cut each group's range as AWQ does (not in the paper; counts with act_order alone).")
     compensate: bool = knob(True, help="Off: no column makes up for another, which leaves plain rounding.")
 
     def apply(self, lm, calib, progress: bool) -> None:
-        form = format_of(self)
+        compress(self, lm, calib, progress)
 
-        def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
-            if not self.compensate:
-                return form.encode(weight)
-            return gptq(weight, stats, form, self.act_order, self.damp, self.clip)
 
-        prepare = scaling(lm, form, WINDOWS) if self.scale else None
-        walk(lm, calib, "hessian", solve, f"GPTQ to {form.bits} bits", progress, prepare)
+def compress(method: GPTQ, lm, calib, progress: bool, prepare: Prepare | None = None, clip: bool = False) -> None:
+    """Round every linear of ``lm`` as the knobs of ``method`` say; ``prepare`` and ``clip`` as in ``walk`` and :func:`gptq`."""
+    form = format_of(method)
+
+    def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
+        if not method.compensate:
+            return clipped(weight, stats.gram, form) if clip else form.encode(weight)
+        return gptq(weight, stats, form, method.act_order, method.damp, clip)
+
+    walk(lm, calib, "hessian", solve, f"{type(method).__name__} to {form.bits} bits", progress, prepare)
 
 
 def gptq(

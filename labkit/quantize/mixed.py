@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,48 +12,62 @@ from labkit.formats import Encoded, Integer
 from labkit.method import Method, knob
 from labkit.probe import Probe
 from labkit.progress import track
-from labkit.quantize.awq import scaling
+from labkit.quantize.awq import WINDOWS, scaling
 from labkit.quantize.common import GROUP_SIZE, rounded
-from labkit.quantize.gptq import WINDOWS, gptq
+from labkit.quantize.gptq import gptq
 from labkit.walk import Stats, linears, path_of, unpack, walk, weight_of
 from labkit.walk import blocks as blocks_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that a layer may get
 PROBE = 3  # bits at which each layer is tried alone
+PROBE_TOKENS = 256  # of each window: two halves hold both texts of the mixed calibration, and cost no more than a whole
+BUDGET = (
+    "Bits per weight code, on average over all linears. As with the other quantizers, each group's scale and zero point "
+    "come on top: (16 + bits) / group_size per weight, so that 3.5 is 3.8 held at groups of 64."
+)
 
 
 @dataclass(frozen=True)
 class MixedPrecision(Method):
-    """GPTQ with a budget of bits on average, spent layer by layer where it lowers the KL divergence most.
+    """AWQGPTQ with a budget of bits on average, spent layer by layer where it lowers the KL divergence most.
 
     Each linear is rounded to 3 bits alone, and the KL divergence this costs is measured. At other widths it is taken to
     grow with the squared error of the weights. Starting from 2 bits everywhere, the layer that gains most per bit spent
-    is widened, again and again, while the budget lasts.
+    is widened, again and again, while the budget lasts. AWQ's scales are searched once, at :func:`middle_width`.
     """
 
     kind: ClassVar[str] = "quantize"
-    paper: ClassVar[str] = "after Dong et al., HAWQ-V2, NeurIPS 2020; the rounding is GPTQ, ICLR 2023"
+    paper: ClassVar[str] = "after Dong et al., HAWQ-V2, NeurIPS 2020; the rounding is AWQ's and GPTQ's, see AWQGPTQ"
     calibrated: ClassVar[bool] = True
     lossless: ClassVar[dict] = {"bits": 8.0, "group_size": 32}
     lossless_kl: ClassVar[float] = 2e-3
 
-    bits: float = knob(3.5, low=2.0, high=8.0, step=0.25, help="Bits per weight code, on average over all linears.")
+    bits: float = knob(3.5, low=2.0, high=8.0, step=0.25, help=BUDGET)
     group_size: int | None = GROUP_SIZE
     probe: int = knob(
-        1, low=1, high=32, stops=(1, 2, 4), help="Calibration windows on which each layer is tried alone."
+        2,
+        low=1,
+        high=32,
+        stops=(1, 2, 4),
+        help="Calibration windows on which each layer is tried alone, 256 tokens of each.",
     )
 
     def apply(self, lm, calib, progress: bool) -> None:
         for block in blocks_of(lm.model):
             unpack(block)
-        damage, errors, sizes = sensitivity(lm, calib[: self.probe], self.group_size, progress)
+        damage, errors, sizes = sensitivity(lm, calib[: self.probe, :PROBE_TOKENS], self.group_size, progress)
         width = allocate(damage, errors, sizes, self.bits)
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
             return gptq(weight, stats, Integer(width[path], self.group_size), clip=True)
 
-        prepare = scaling(lm, Integer(round(self.bits), self.group_size), WINDOWS)
-        walk(lm, calib, "hessian", solve, f"GPTQ to {self.bits:g} bits on average", progress, prepare)
+        prepare = scaling(lm, Integer(middle_width(self.bits), self.group_size), WINDOWS)
+        walk(lm, calib, "hessian", solve, f"AWQGPTQ to {self.bits:g} bits on average", progress, prepare)
+
+
+def middle_width(bits: float) -> int:
+    """The whole width nearest to an average of bits, a half upwards: 2.5 to 3, 3.25 to 3, 3.5 to 4."""
+    return math.floor(bits + 0.5)
 
 
 @torch.no_grad()

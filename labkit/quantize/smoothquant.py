@@ -21,6 +21,11 @@ class SmoothQuant(Method):
     s = max|x|^α / max|w|^(1-α) per channel, joint over all linears that read the channel, folded into the norm before
     them. Weights get one scale per row, activations one per token or one per layer. Where nothing can be folded (what
     feeds o and down is no norm) the layer is quantized as it is.
+
+    The paper's levels (table 2) have one weight scale per matrix, which is coarser than here; its O1 has activation scales
+    per token as "dynamic", its O3 one per layer from calibration as "static". Smoothing helps against channels that are
+    large in every token, not against massive activations, single values at a text's first token that small models have
+    too (Sun et al., arXiv:2402.17762): static scales break at them, smoothed or not.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -48,7 +53,8 @@ class SmoothQuant(Method):
                     fold.apply(block, smoothing(stats[fold.readers[0]].peak, readers, self.alpha))
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> nn.Module:
-            static = stats.peak.max() / 127 if self.activations == "static" else None
+            known = self.activations == "static" and stats.count  # an input never seen has no range: a scale per token
+            static = stats.peak.max() / 127 if known else None
             return W8A8Linear(weight, activation_scale=static)
 
         walk(lm, calib, "channel_max", solve, "SmoothQuant", progress, prepare if self.smooth else None)

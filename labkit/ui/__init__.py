@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 
-from labkit import colab
+from labkit import colab, install
 
 colab.setup()  # once; elsewhere than on Colab it does nothing
 
@@ -24,7 +24,4 @@ def need(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
-        raise ImportError(
-            f"This part of labkit needs {package}, which is not installed: pip install labkit[lab]"
-        ) from error
+        raise install.missing(module.split(".")[0], "lab") from error

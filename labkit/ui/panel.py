@@ -17,7 +17,7 @@ from labkit.ui.worker import Latest, explain
 widgets = need("ipywidgets")
 
 
-def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=8, length=512, latency=True, **start):
+def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=None, length=None, latency=True, **start):
     """Sliders for a technique's knobs, and what they do to accuracy, memory and latency of ``lm``.
 
     Parameters
@@ -29,7 +29,7 @@ def panel(method_class, lm, store=None, texts=("manual", "prose"), windows=8, le
     store : Store, optional
         Where measurements are looked up and kept; by default the one that all notebooks on this machine share.
     texts, windows, length
-        What accuracy is measured on, as in :func:`labkit.measure`.
+        What accuracy is measured on, as in :func:`labkit.measure`; the uncompressed model is scored on the same tokens.
     latency : bool
         False leaves out the timing.
     **start
@@ -51,22 +51,20 @@ class Panel(Live):
     def __init__(self, method_class, lm, store=None, how=None, start=None, measure=None, hashes=None):
         """``measure`` stands in for :func:`labkit.measure` and ``hashes`` for ``labkit.sweep.text_hashes``."""
         from labkit.results import Store
-        from labkit.sweep import text_hashes
 
         start, knobs = dict(start or {}), method_class.knobs()
         if unknown := sorted(set(start) - set(knobs)):
             raise ValueError(
                 f"{method_class.__name__} has no knob {unknown[0]!r}: it has {', '.join(knobs) or 'none'}."
             )
-        self._start = method_class(**start).values()  # a bad value is refused in one sentence
+        first = method_class(**start)  # a bad value is refused in one sentence
+        self._start = first.values()
         super().__init__(Latest())
         self.method_class, self.lm = method_class, lm
         self.store = Store() if store is None else store
-        self._how = {"texts": ("manual", "prose"), "windows": 8, "length": 512, "latency": True} | dict(how or {})
+        self._how = {"texts": ("manual", "prose"), "windows": None, "length": None, "latency": True} | dict(how or {})
         self._measure_with = measure
-        if hashes is None:
-            hashes = text_hashes(lm, self._how["texts"], self._how["windows"], self._how["length"])
-        self._hashes = hashes
+        self._hashes = self._texts(first) if hashes is None else hashes
         self._calib = None
         if method_class.calibrated:
             from labkit import text
@@ -215,6 +213,15 @@ class Panel(Live):
         if other is None or other.key.machine == found.key.machine:
             return other and other.measurement
         return without_times(other.measurement)
+
+    def _texts(self, method) -> dict[str, str]:
+        """The hash of each text; how methods of this class are read is settled here, for the uncompressed model too."""
+        from labkit.measure.reading import Reading
+        from labkit.sweep import text_hashes
+
+        reading = Reading.of(self.lm, method, self._how["windows"], self._how["length"])
+        self._how |= vars(reading)
+        return text_hashes(self.lm, self._how["texts"], **vars(reading))
 
     def _key(self, method):
         from labkit.results import Key

@@ -1,13 +1,15 @@
 """Sentences about a method and its measurements: plain strings, true in both directions.
 
-"Faster" is said only when the paired ratio leaves the spread of the timing; "grows" only when the divergence leaves
-its standard error. Everything here is a pure function of its arguments.
+"Faster" is said only when both quartiles of the paired ratio are above 1; "grows", "better" and "worse" only when the
+interval of the difference, window by window, leaves 0. Everything here is a pure function of its arguments.
 """
 
 from __future__ import annotations
 
 import html
 import math
+
+from labkit.measure.paired import UNSURE, WORSE, between
 
 # A knob's value in a sentence. Knobs that are not listed read "name value".
 PHRASES = {
@@ -30,6 +32,7 @@ QUESTIONS = {
     "cache": "how much will the KV cache shrink, and will decode feel it?",
     "conditional": "how much of the skipped work will show up as time saved?",
 }
+SHORT = 16  # tokens of context at which most methods decode; a longer one is said
 OTHERWISE = "what will change most: accuracy, memory or latency?"
 
 
@@ -127,64 +130,87 @@ def memory(method, baseline, current) -> str:
     """What happened to the bytes of the linear layers and, where it changed, of the KV cache."""
     before, after = baseline.memory, current.memory
     share = after.linears / before.linears
-    bits = f"({short(after.bits_per_weight)} bits per weight, metadata included)"
-    if share < 0.995:
-        text = f"the linear layers shrink to {percent(share)} of their bytes {bits}"
-    elif share > 1.005:
-        text = f"the linear layers grow to {percent(share)} of their bytes {bits}"
+    bits = f"at {short(after.bits_per_weight)} bits per weight, metadata included"
+    if 0.995 <= share <= 1.005:
+        text = f"the linear layers take as many bytes as before, {bits}"
     else:
-        text = f"the linear layers take as many bytes as before {bits}"
-    if after.kv_per_token != before.kv_per_token:
-        text += (
-            f", and the KV cache grows by {percent(after.kv_per_token / before.kv_per_token)} of the bytes per token"
-        )
-    return f"{at(method)}, {text}."
+        way = "shrink" if share < 1 else "grow"
+        of = "of their bytes"
+        if before.bits_before > 16:  # the field's baseline: modelled, for nothing is loaded in 16 bits
+            halved = percent(share * before.bits_before / 16)
+            of = f"of their bytes in {precision(before.bits_before)}, or {halved} of those in 16 bits (modelled)"
+        text = f"the linear layers {way} to {percent(share)} {of}, {bits}"
+    return f"{at(method)}, {text}{_cache(before, after)}."
 
 
-def pace(phase: str, ms: float, iqr: float, speed: float | None, unit: str) -> str:
-    """One phase's speed against the uncompressed model: faster, slower, or neither."""
+def precision(bits: int) -> str:
+    """``32 -> "fp32"``: what weights of that many bits are called here."""
+    return "fp32" if bits == 32 else f"{bits}-bit"
+
+
+def _cache(before, after) -> str:
+    """What the KV cache holds, where that is not what the uncompressed model's holds at the same length."""
+    held = f", and the KV cache of {after.kv_tokens:,} tokens holds {short(after.kv_bytes / 1e6)} MB"
+    if after.kv_tokens != before.kv_tokens:
+        return f"{held} (the uncompressed model's was weighed at {before.kv_tokens:,} tokens)"
+    if after.kv_bytes == before.kv_bytes:
+        return ""
+    return f"{held}, {percent(after.kv_bytes / before.kv_bytes)} of the uncompressed model's"
+
+
+def left(method, current) -> str:
+    """Which of the decoder's weights a method for weights has left alone, where that is more than 5 %; else ""."""
+    m, parts = current.memory, getattr(method, "methods", None) or (method,)
+    if m.compressed >= 0.95 or all(part.kind == "cache" for part in parts):
+        return ""
+    names = f"; left as they were: {listed(m.left)}" if m.left else ""
+    return f"Only {percent(m.compressed)} of the decoder's weights were compressed{names}."
+
+
+def pace(phase: str, t, than: str = "uncompressed model") -> str:
+    """One phase's speed (of a Latency) against the uncompressed model run the same way: faster, slower, or neither.
+
+    Judged by the quartiles of the paired ratio; a row without them has to leave 1 by 3 %.
+    """
+    speed, spread = getattr(t, f"{phase}_ratio"), getattr(t, f"{phase}_spread")
     if speed is None:
-        return f"{phase} takes {short(ms)} {unit} (not timed beside the uncompressed model)"
-    spread = max(0.03, iqr / ms if ms else 0.0)
-    if speed > 1 + spread:
-        return f"{phase} is {ratio(speed)} as fast"
-    if speed < 1 - spread:
-        return f"{phase} is slower: {ratio(speed)} the speed of the uncompressed model"
-    return f"{phase} is no faster: {ratio(speed)}, within the spread of the timing"
+        unit = "ms per token" if phase == "decode" else "ms"
+        return f"{phase} takes {short(getattr(t, f'{phase}_ms'))} {unit} (not timed beside the {than})"
+    low, high = spread or (speed - 0.03, speed + 0.03)
+    if low > 1 and speed >= 1.005:  # what reads 1.00x is no gain
+        return f"{phase} is {ratio(speed)} as fast as the {than}"
+    if high < 1 and speed < 0.995:
+        return f"{phase} is slower: {ratio(speed)} the speed of the {than}"
+    quartiles = f" (quartiles {low:.2f} to {high:.2f})" if spread else ""
+    return f"{phase} is no faster than the {than}: {ratio(speed)}{quartiles}"
 
 
 def latency(current) -> str:
     """Decode and prefill in one sentence, and decode as one graph; says so when nothing was measured."""
-    t = current.latency
+    t, e = current.latency, current.engine
     if t is None:
         return "Latency was not measured."
-    parts = [
-        pace("decode", t.decode_ms, t.decode_iqr, t.decode_ratio, "ms per token"),
-        pace("prefill", t.prefill_ms, t.prefill_iqr, t.prefill_ratio, "ms"),
-    ]
-    if current.engine is not None:
-        e = current.engine
-        parts.append("run as one graph, " + pace("decode", e.decode_ms, e.decode_iqr, e.decode_ratio, "ms per token"))
+    after = f"after {t.context:,} tokens, " if t.context > SHORT else ""
+    parts = [f"run eagerly, {after}{pace('decode', t)}", pace("prefill", t)]
+    if e is not None:
+        parts.append("run as one graph, " + pace("decode", e, "uncompressed graph"))
     return sentence("; ".join(parts))
 
 
 def accuracy(baseline, current) -> str:
     """KL, perplexity and top-1 agreement on every text; KL is left out where it was not measured."""
-    out = []
-    diverging = {name: q for name, q in current.quality.items() if q.kl is not None}
-    if diverging:
-        worst = max(diverging.values(), key=lambda q: q.kl)
-        where = [f"{short(q.kl)} on {the(name)}" for name, q in diverging.items()]
-        if worst.kl > max(0.0005, 2 * (worst.kl_se or 0.0)):
-            out.append(f"KL grows from 0 to {listed(where)} (nats per token)")
-        else:
-            out.append(f"KL stays near 0 ({listed(where)}): these texts cannot tell the two models apart")
+    out = [*_divergence(baseline, current)]
     moves, broken = [], []
     for name, q in current.quality.items():
+        old = baseline.quality.get(name)
         if not math.isfinite(q.perplexity):
             broken.append(f"{short(q.perplexity)} on {the(name)}")
-        elif name in baseline.quality:
-            moves.append(f"from {short(baseline.quality[name].perplexity)} to {short(q.perplexity)} on {the(name)}")
+        elif old is not None and old.tokens != q.tokens:  # under a cache method: only what was read after the prompt
+            moves.append(f"to {short(q.perplexity)} on {the(name)} (over {q.tokens:,} of its {old.tokens:,} tokens)")
+        elif old is not None:
+            judged = between(baseline, current, name, "nll")
+            verdict = f" ({judged.verdict})" if judged.windows else ""  # KL has told that there are no values by window
+            moves.append(f"from {short(old.perplexity)} to {short(q.perplexity)} on {the(name)}{verdict}")
     if moves:
         out.append(f"perplexity goes {listed(moves)}")
     if broken:
@@ -198,18 +224,43 @@ def accuracy(baseline, current) -> str:
     return sentence("; ".join(out)) if out else "Accuracy was not measured."
 
 
+def _divergence(baseline, current) -> list[str]:
+    """KL from 0: where it grows, where it cannot be told from 0 and why, and what it is as run."""
+    diverging = {name: q for name, q in current.quality.items() if q.kl is not None}
+    grown, unsure = [], {}
+    for name, q in diverging.items():
+        found = between(baseline, current, name, "kl")
+        if found.verdict == WORSE and short(q.kl) != "0":
+            grown.append(f"{short(q.kl)} on {the(name)}")
+        else:
+            why = found.why or ("one window has no interval" if found.windows == 1 else "its interval reaches 0")
+            unsure.setdefault(why if found.verdict == UNSURE else "", []).append(f"{short(q.kl)} on {the(name)}")
+    out = [f"KL grows from 0 to {listed(grown)} (nats per token)"] if grown else []
+    for why, where in unsure.items():
+        out.append(f"KL is {listed(where)}" + (f": {UNSURE} whether it grows ({why})" if why else ""))
+    as_run = [f"{short(q.kl_run)} on {the(name)}" for name, q in diverging.items() if q.kl_run is not None]
+    if as_run:
+        out.append(f"as run by one graph, with activations rounded to 8 bits too, KL is {listed(as_run)}")
+    return out
+
+
 def step(method, baseline, current, earlier_method, earlier) -> str:
-    """The move itself, before → after: what the last change of a knob did."""
+    """The move itself, before → after: what the last change of a knob did, and whether it is better or worse."""
     parts = []
     for name, q in current.quality.items():
         old = earlier.quality.get(name)
         if q.kl is not None and old is not None and old.kl is not None:
-            parts.append(f"KL on {the(name)} {short(old.kl)} → {short(q.kl)}")
-    size = baseline.memory.linears
-    parts.append(f"linear layers {percent(earlier.memory.linears / size)} → {percent(current.memory.linears / size)}")
-    now, then = current.latency, earlier.latency
-    if now and then and now.decode_ratio and then.decode_ratio:
-        parts.append(f"decode {ratio(then.decode_ratio)} → {ratio(now.decode_ratio)}")
+            parts.append(f"KL on {the(name)} {short(old.kl)} → {short(q.kl)} ({between(earlier, current, name, 'kl')})")
+    size, now, then = baseline.memory.linears, current.memory, earlier.memory
+    parts.append(f"linear layers {percent(then.linears / size)} → {percent(now.linears / size)}")
+    if now.kv_tokens == then.kv_tokens and now.kv_bytes != then.kv_bytes:
+        parts.append(
+            f"KV cache of {now.kv_tokens:,} tokens {short(then.kv_bytes / 1e6)} → {short(now.kv_bytes / 1e6)} MB"
+        )
+    for way, name in (("latency", "decode"), ("engine", "decode as one graph")):
+        new, old = getattr(current, way), getattr(earlier, way)
+        if new and old and new.decode_ratio and old.decode_ratio and new.context == old.context:
+            parts.append(f"{name} {ratio(old.decode_ratio)} → {ratio(new.decode_ratio)}")
     return f"Compared with {describe(earlier_method)}: {', '.join(parts)}."
 
 
@@ -218,7 +269,11 @@ def drift(baseline, current) -> str:
     old, new = baseline.latency, current.latency
     if old is None or new is None:
         return ""
-    pairs = ((old.decode_ms, new.decode_ms, new.decode_ratio), (old.prefill_ms, new.prefill_ms, new.prefill_ratio))
+    pairs = []
+    if old.context == new.context:
+        pairs.append((old.decode_ms, new.decode_ms, new.decode_ratio))
+    if old.prefill_tokens == new.prefill_tokens:
+        pairs.append((old.prefill_ms, new.prefill_ms, new.prefill_ratio))
     if all(not speed or not now or abs(then / now / speed - 1) <= 0.15 for then, now, speed in pairs):
         return ""
     return (

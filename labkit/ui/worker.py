@@ -9,12 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+from labkit.measure.alone import alone
 from labkit.progress import Cancelled, listen
-
-# One measurement at a time in a kernel: two panels timing a model at once would each spoil the other's clock.
-_measuring = threading.Lock()
 
 
 class Latest:
@@ -25,7 +24,8 @@ class Latest:
     wait : float
         Seconds to wait for a newer job before starting (debounce).
     exclusive : bool
-        Wait for other exclusive workers of this process, so that measurements never overlap.
+        Measure :func:`~labkit.measure.alone.alone`: not while another worker, the notebook itself, or another process on
+        this machine does.
     """
 
     def __init__(self, wait: float = 0.3, exclusive: bool = True):
@@ -77,17 +77,15 @@ class Latest:
             if progress:
                 progress(what, at, total)
 
-        held = False
         try:
             end = time.monotonic() + self.wait
-            while time.monotonic() < end or (self._exclusive and not held):
+            while (left := end - time.monotonic()) > 0:
                 if mine != self._ticket:
                     return
-                if time.monotonic() < end:
-                    time.sleep(min(0.02, self.wait))
-                else:
-                    held = _measuring.acquire(timeout=0.1)
-            with listen(step):
+                time.sleep(min(0.02, left))
+            with listen(step), alone("a panel in the background") if self._exclusive else nullcontext():
+                if mine != self._ticket:
+                    return
                 result = job()
             if mine == self._ticket:
                 done(result)
@@ -97,8 +95,6 @@ class Latest:
             if mine == self._ticket:
                 failed(error)
         finally:
-            if held:
-                _measuring.release()
             self._threads.discard(threading.current_thread())
 
 

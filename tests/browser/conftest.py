@@ -106,7 +106,7 @@ def _cache(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
 
 
-def _wait(url: str, process, log: Path, seconds: float = 60) -> None:
+def _wait(url: str, process, log: Path, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -157,17 +157,17 @@ class Notebook:
         )
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.goto(f"{server.url}/lab/tree/{name}?token={server.token}&reset")
-        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=60_000)
+        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=180_000)
         self.page.wait_for_function("window.jupyterapp !== undefined")
         theme = "JupyterLab Dark" if dark else "JupyterLab Light"  # said each time, since the server remembers it
         self.page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
         self.page.wait_for_function(
             "() => { const s = window.jupyterapp.shell.currentWidget?.sessionContext;"
             " return s && s.session && s.session.kernel && s.session.kernel.status === 'idle' }",
-            timeout=60_000,
+            timeout=180_000,
         )
 
-    def run_all(self, timeout: float = 300) -> None:
+    def run_all(self, timeout: float = 600) -> None:
         """Run > Run All Cells, as a student does; returns when the kernel has finished, fails when a cell did."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -196,7 +196,7 @@ class Notebook:
         row = self.page.locator(".widget-hslider", has=self.page.locator(f".widget-label:text-is('{label}')"))
         return row.first.locator(".noUi-handle")
 
-    def press(self, label: str, key: str, timeout: float = 30) -> float:
+    def press(self, label: str, key: str, timeout: float = 120) -> float:
         """Press an arrow key on a slider and wait for the sentence to change: ms from the event to the new label."""
         handle = self.slider(label)
         handle.scroll_into_view_if_needed()
@@ -229,7 +229,7 @@ class Notebook:
         """What the panel says it took to answer, in Python."""
         return float(re.search(r"answered in (\d+) ms", self.text("status"), re.IGNORECASE).group(1))
 
-    def wait_for_figures(self, count: int, seconds: float = 60) -> None:
+    def wait_for_figures(self, count: int, seconds: float = 180) -> None:
         """Wait until the panel is drawn at full height, and bring it into view."""
         drawn = "p.querySelector('.bars path, .scatterlayer path') && p.clientHeight > 200"
         self.page.wait_for_function(
@@ -238,14 +238,14 @@ class Notebook:
         )
         self.page.locator(".labkit-live").first.scroll_into_view_if_needed()
 
-    def wait_for_new_figures(self, old: list[str], seconds: float = 60) -> None:
+    def wait_for_new_figures(self, old: list[str], seconds: float = 180) -> None:
         """Wait until a figure's texts, bars or points differ from what ``figures()`` gave before."""
         self.page.wait_for_function(f"old => ({FIGURES}).some((f, i) => f !== old[i])", arg=old, timeout=1000 * seconds)
 
-    def wait_for_sentence(self, start: str, seconds: float = 10) -> None:
+    def wait_for_sentence(self, start: str, seconds: float = 60) -> None:
         self.wait_for_text("sentence", "^" + re.escape(start), seconds)
 
-    def wait_for_text(self, part: str, pattern: str, seconds: float = 10) -> None:
+    def wait_for_text(self, part: str, pattern: str, seconds: float = 60) -> None:
         """Wait until a part of the panel matches a regular expression."""
         self.page.wait_for_function(
             "([part, pattern]) => new RegExp(pattern).test(document.querySelector('.labkit-at-' + part).innerText)",

@@ -5,6 +5,7 @@ Imported by the test notebooks; nothing here needs a download.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -73,14 +74,17 @@ def measure(lm, against=None, texts=("manual", "prose"), windows=2, length=32, l
         for _ in track(range(20), f"perplexity on {text}", show=progress):
             time.sleep(0.1)
         logp = lm.model(ids).logits[:, :-1].log_softmax(-1)
-        loss = -logp.gather(-1, ids[:, 1:, None]).mean()
-        kl = {}
+        by = {"nll": -logp.gather(-1, ids[:, 1:, None])[..., 0].mean(-1)}
         if against is not None:
             reference = against.model(ids).logits[:, :-1].log_softmax(-1)
-            gap = (reference.exp() * (reference - logp)).sum(-1).mean()
-            same = (reference.argmax(-1) == logp.argmax(-1)).float().mean()
-            kl = {"kl": float(gap), "kl_se": float(gap) / 10, "top1": float(same), "top1_se": 0.01}
-        quality[text] = Quality(float(loss.exp()), 1.0, ids[:, 1:].numel(), **kl)
+            by["kl"] = (reference.exp() * (reference - logp)).sum(-1).mean(-1)
+            by["top1"] = (reference.argmax(-1) == logp.argmax(-1)).float().mean(-1)
+        mean = {name: float(values.mean()) for name, values in by.items()}
+        error = {f"{name}_se": float(values.std()) / len(values) ** 0.5 for name, values in by.items()}
+        known = {name: value for name, value in (mean | error).items() if not name.startswith("nll")}
+        ppl = math.exp(mean["nll"])
+        windowed = {name: values.tolist() for name, values in by.items()}
+        quality[text] = Quality(ppl, ppl * error["nll_se"], ids[:, 1:].numel(), **known, per_window=windowed)
     total = sum(p.numel() for p in lm.model.parameters())
     linears = sum(m.weight.numel() for m in lm.model.model.layers.modules() if isinstance(m, torch.nn.Linear))
     bits = lm.bits + 16 / lm.size if against is not None else 32.0
@@ -89,12 +93,14 @@ def measure(lm, against=None, texts=("manual", "prose"), windows=2, length=32, l
     lm.model(ids)
     ms = 1000 * (time.perf_counter() - start)
     speed = None if against is None else 32 / bits
+    spread = speed and [0.95 * speed, 1.05 * speed]
+    times = Latency(ms, ms / 10, length, ms / (speed or 1), ms / 20, 1, speed and 1.0, speed, decode_spread=spread)
     return Measurement(
         model=lm.name,
         method="uncompressed" if against is None else "Rounding",
         quality=quality,
-        memory=Memory(4 * (total - linears) + held, held, bits, 512),
-        latency=Latency(ms, ms / 10, length, ms / (speed or 1), ms / 20, 1, speed and 1.0, speed) if latency else None,
+        memory=Memory(4 * (total - linears) + held, held, bits, 512_000, 1000),
+        latency=times if latency else None,
         device="cpu",
         texts=HASHES,
     )

@@ -62,7 +62,7 @@ def test_it_starts_with_the_title_the_import_and_the_parameters(path):
     cells = nbformat.read(path, as_version=4).cells
     assert re.match(r"# \d\d · \S", cells[0].source)
     first, second = code(path)[:2]
-    assert first.source == FIRST_CELL  # the same two lines everywhere
+    assert first.source == FIRST_CELL  # the same lines everywhere
     assert [c.id for c in code(path) if "parameters" in tags(c)] == [second.id]
     values = {}
     for line in ast.parse(second.source).body:  # literals only: whatever derives from them comes in the next cell
@@ -74,7 +74,7 @@ def test_it_starts_with_the_title_the_import_and_the_parameters(path):
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_functions_live_in_the_package(path):
     for cell in code(path):
-        body = ast.parse(re.sub("(?m)^!.*$", "", cell.source))  # "!" is for a shell
+        body = ast.parse(re.sub(r"(?m)^(\s*)[!%].*$", r"\1pass", cell.source))  # for a shell, or for IPython
         assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(body)), cell.id
         assert len(cell.source.splitlines()) <= 10, f"{cell.id} is long: put what it does into the package"
 
@@ -91,13 +91,14 @@ def test_a_student_predicts_and_answers_checked_exercises(path):
 
 @pytest.mark.model
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_it_runs_within_its_budget_and_agrees_with_its_baseline(path, tmp_path, record_property):
     """Unanswered exercises do not raise, so the student's notebook runs as it is; the solutions must all be right."""
     report = regress.run([path], out=tmp_path, say=None)
     result = report.results[0]
-    record_property("seconds", result.seconds)
+    for name in ("seconds", "cpu", "busy", "alone"):  # the budget is held against the last: others may work here
+        record_property(name, getattr(result, name))
     record_property("peak_gb", result.peak / 1e9)
     print(f"\n{report}")
     assert report.ok, "\n".join(result.problems)
@@ -135,13 +136,13 @@ def nbval(path: Path, folder: Path) -> subprocess.CompletedProcess:
         "--rootdir",
         str(folder),
     ]
-    command += ["--nbval-lax", "--nbval-cell-timeout=300", str(path)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    command += ["--nbval-lax", "--nbval-cell-timeout=900", str(path)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1700)
 
 
 @pytest.mark.model
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", STUDENT, ids=name)
 def test_nbval_finds_the_committed_outputs_again(path, tmp_path):
     assert [c.id for c in code(path) if CHECKED in tags(c)], "no cell is tagged for nbval"
@@ -152,7 +153,7 @@ def test_nbval_finds_the_committed_outputs_again(path, tmp_path):
 
 @pytest.mark.model
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_nbval_notices_an_output_that_changed(tmp_path):
     path = STUDENT[0]
     notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""Products on a CPU that pass over what is not stored: loops that Numba compiles, where it is installed (labkit[lab])."""
+"""Products on a CPU that pass over what is not stored: loops that Numba compiles, where it is installed (the extra `lab`)."""
 
 from __future__ import annotations
 

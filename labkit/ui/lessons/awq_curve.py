@@ -13,7 +13,7 @@ import torch
 
 from labkit.formats import Integer
 from labkit.linear import exact
-from labkit.quantize.awq import Search, best_factors
+from labkit.quantize.awq import WINDOWS, Search, best_factors
 from labkit.ui import need, theme, words
 from labkit.ui.lessons.inputs import Inputs
 from labkit.ui.theme import axis, layout
@@ -21,7 +21,6 @@ from labkit.ui.theme import axis, layout
 go = need("plotly.graph_objects")
 
 GROUP = 64
-WINDOWS = 4  # calibration windows that a search looks at, as many as AWQ's own
 
 
 class Curves:

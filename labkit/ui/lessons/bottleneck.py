@@ -10,14 +10,12 @@ Speeds are measured; the operations and bytes of a pass, and with them its place
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from labkit.measure import memory, roofline, timing
-from labkit.measure.machine import cores
 from labkit.progress import track
 from labkit.ui import need, plots, words
 from labkit.ui.table import Table
@@ -27,7 +25,6 @@ go = need("plotly.graph_objects")
 PHASES = ("decode", "prefill")
 CONTEXT = 16  # tokens in the cache of each sequence before a decode step
 PROMPT = 32  # tokens of each sequence in a prefill
-BUSY = 0.1  # when others take more of the cores than this, a time is spoiled
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Llama 3 70B: Grattafiori et al., "The Llama 3 Herd of Models", arXiv:2407.21783, 2024, table 3.
@@ -83,10 +80,15 @@ class Bench:
         """Each model's pass of ``batch`` sequences: a decode step, or a prefill of ``PROMPT`` tokens."""
         if phase not in PHASES:
             raise ValueError(f"phase = {phase!r} is not allowed: it must be one of {', '.join(PHASES)}.")
-        with self._lock:
-            if self.untimed(phase, batch):
-                self._known[phase, batch] = self._time(phase, batch)
-            return self._known[phase, batch]
+        found = self._known.get((phase, batch))
+        if found is None:
+            with (
+                timing.alone(f"{phase} at batch {batch}"),
+                self._lock,
+            ):  # in this order: a slider's worker holds the first
+                found = self._known.get((phase, batch)) or self._time(phase, batch)
+                self._known[phase, batch] = found
+        return found
 
     def forget(self) -> None:
         """Drop what was timed: each pass is timed anew when it is next asked for."""
@@ -144,16 +146,14 @@ class Bench:
         make = decode_step if phase == "decode" else prefill
         device = next(iter(self.models.values())).device
         tokens = batch * (PROMPT if phase == "prefill" else 1)
-        clock, other = time.perf_counter(), roofline.others_seconds()
         rounds = max(2, min(self.rounds, 512 // tokens))  # a long pass is steadier, and need not be repeated as often
         calls = {name: make(lm, batch) for name, lm in self.models.items()}
         timed = timing.compare(calls, rounds=rounds, warmup=1, device=device, min_seconds=0.1)
-        others = (roofline.others_seconds() - other) / (cores() * (time.perf_counter() - clock))
         found = {}
         for name, work in self.works(phase, batch).items():
             seconds, ratio = timed.timings[name].median, timed.ratio[name]
             least = self.roof.seconds(work, self.dtype)
-            found[name] = Pass(name, phase, batch, work, seconds, ratio, least, min(max(others, 0.0), 1.0))
+            found[name] = Pass(name, phase, batch, work, seconds, ratio, least, timed.busy or 0.0)
         return found
 
 
@@ -248,7 +248,7 @@ def sentence(roof, dtype: str, passes: Sequence[Pass]) -> str:
         for p in passes
     ]
     text += f" Under the roof {'; '.join(places)}."
-    if first.others > BUSY:
+    if first.others > timing.BUSY:
         text += (
             f" Other programs took {words.percent(first.others)} of the cores meanwhile, so these times are too long: "
             "close them, and bench.forget()."

@@ -22,7 +22,7 @@ from labkit.linear import exact
 from labkit.measure.quality import token_kl
 from labkit.method import Method
 from labkit.progress import track
-from labkit.quantize import GPTQ, RTN, SmoothQuant
+from labkit.quantize import AWQGPTQ, GPTQ, RTN, SmoothQuant
 from labkit.ui import need, plots, words
 from labkit.ui.table import Table
 from labkit.walk import Flow, blocks
@@ -102,15 +102,15 @@ class Damage:
         return self._outcomes("methods", {name: (m, self.lm, calib) for name, m in methods.items()})
 
     def broken(self, bits: int = 3) -> list[Outcome]:
-        """GPTQ with a part left out or added, with poor calibration, and methods that meet an outlier."""
+        """GPTQ with a part left out or one of AWQ's added, with poor calibration, and methods that meet an outlier."""
         calib, lm = self.calibration(), self.lm
-        paper = GPTQ(bits=bits, scale=False, clip=False)
+        usual, both = GPTQ(bits=bits), AWQGPTQ(bits=bits)
         parts = {
-            "GPTQ, the paper's": paper,
-            "no act-order": replace(paper, act_order=False),
+            "GPTQ": usual,
+            "no act-order (the paper's)": replace(usual, act_order=False),
             "no compensation (RTN)": RTN(bits=bits),
-            "with clipping": replace(paper, clip=True),
-            "with both (the lab's)": GPTQ(bits=bits),
+            "with AWQ's clipping": replace(both, scale=False),
+            "with AWQ's scaling too": both,
         }
         fed = {
             f"{len(calib)} windows, mixed": calib,
@@ -123,7 +123,8 @@ class Damage:
         met = {}
         for name, method in {
             f"RTN, {bits} bits": RTN(bits=bits),
-            f"GPTQ, {bits} bits": GPTQ(bits=bits),
+            f"GPTQ, {bits} bits": usual,
+            f"AWQGPTQ, {bits} bits": both,
             "W8A8": SmoothQuant(smooth=False),
             "SmoothQuant": SmoothQuant(),
         }.items():
@@ -131,7 +132,7 @@ class Damage:
             met[name + WITH] = (method, odd, calib)
         found = self._outcomes("parts", {name: (m, lm, calib) for name, m in parts.items()})
         known = {(parts[o.name], id(lm), id(calib)): o.damage for o in found}  # the intact ones are measured once
-        found += self._outcomes("calibration", {name: (paper, lm, c) for name, c in fed.items()}, known)
+        found += self._outcomes("calibration", {name: (usual, lm, c) for name, c in fed.items()}, known)
         return found + self._outcomes("outlier", met, known)
 
     def _outcomes(self, group: str, settings: Mapping[str, tuple], known: dict | None = None) -> list[Outcome]:

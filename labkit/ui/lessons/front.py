@@ -1,7 +1,7 @@
 """Bits against quality, from the store: every row of a model, KL against bytes that are really held, and the Pareto front.
 
 rows = stored(lm)                          # what the store has of this model, shipped rows included
-explore(lambda text: picture(rows, text), text=["manual", "prose"])
+explore(lambda text: picture(rows, text), text=["prose", "manual"])
 calibrations(rows, sources(lm))            # the same method, fed differently
 """
 
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from labkit import text
-from labkit.quantize import GPTQ
+from labkit.quantize import AWQGPTQ, GPTQ
 from labkit.results import Store
 from labkit.ui import need, theme, words
 from labkit.ui.table import Table
@@ -21,6 +21,7 @@ from labkit.ui.theme import axis, layout
 go = need("plotly.graph_objects")
 
 SOURCES = ("manual", "self", "mixed")
+TEXTS = ("prose", "manual")  # the one unlike the calibration leads
 MARKS = (*theme.SERIES, "#555555", "#f0e442")
 
 
@@ -49,8 +50,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, str]:
-    """KL on one text against the bytes of the linear layers, one colour for each method; and what is on the front."""
+def picture(rows: Sequence[Mapping], text: str = "prose") -> tuple[go.Figure, str]:
+    """KL on one text against the bytes of the linear layers, one colour for each method; and what is on the front.
+
+    The front is picked on the text that it is drawn for, so its settings look a little better than they are; how many of
+    them are on the other text's front too is said.
+    """
     rows = [r for r in rows if r.get(f"quality.{text}.kl") is not None]
     if not rows:
         return _empty("KL against bytes"), _NONE
@@ -90,12 +95,25 @@ def picture(rows: Sequence[Mapping], text: str = "manual") -> tuple[go.Figure, s
             yaxis=axis("KL, nats per token", True),
         ),
     )
-    on = [r["method"] for x, y in best for r in rows if (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) == (x, y)]
-    counts = [f"{name} {n} time{'s' * (n != 1)}" for name, n in Counter(on).items()]
-    return figure, (
+    on = on_front(rows, text)
+    counts = [f"{name} {n} time{'s' * (n != 1)}" for name, n in Counter(r["method"] for r in on).items()]
+    said = (
         f"{len(rows)} settings on {words.the(text)}. On the front, where no other is both smaller and better: "
         f"{words.listed(counts)}."
     )
+    second = next((t for t in TEXTS if t != text and all(r.get(f"quality.{t}.kl") is not None for r in rows)), None)
+    if second is not None:
+        elsewhere = on_front(rows, second)
+        both = sum(any(r is other for other in elsewhere) for r in on)
+        said += f" The front is picked on this text; {both} of its {len(on)} settings are on {words.the(second)}'s front too."
+    return figure, said
+
+
+def on_front(rows: Sequence[Mapping], text: str) -> list[Mapping]:
+    """The rows that are on the front of this text, from few bytes to many."""
+    point = {id(r): (r["memory.linears"] / 1e6, r[f"quality.{text}.kl"]) for r in rows}
+    best = front(list(point.values()))
+    return sorted((r for r in rows if point[id(r)] in best), key=lambda r: point[id(r)])
 
 
 def sources(lm, windows: int = 32, length: int = 512, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, str]:
@@ -150,19 +168,18 @@ def calibrations(rows: Sequence[Mapping], known: Mapping[str, str], method: str 
 
 
 def parts(rows: Sequence[Mapping], known: Mapping[str, str], bits: int = 4, source: str = "mixed") -> Table:
-    """GPTQ's settings at one width, by what differs from the paper's: KL on both texts, the worst on the prose first."""
-    paper = GPTQ(bits=bits, group_size=64, scale=False, clip=False).values()
+    """The settings of GPTQ and AWQGPTQ at one width, as one types them: KL on both texts, the worst on the prose first."""
     found: dict[str, tuple] = {}
     for r in rows:
-        if r["method"] != "GPTQ" or known.get(r["calib"]) != source:
+        cls = {c.__name__: c for c in (GPTQ, AWQGPTQ)}.get(r["method"])
+        if cls is None or known.get(r["calib"]) != source:
             continue
-        knobs = json.loads(r["knobs"])
-        if any(knobs[n] != paper[n] for n in ("bits", "group_size", "format")):
-            continue
-        changed = ", ".join(f"{n} = {knobs[n]}" for n, value in paper.items() if knobs[n] != value) or "the paper's"
-        found[changed] = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
+        knobs, usual = json.loads(r["knobs"]), cls(bits=bits).values()
+        if knobs.keys() != usual.keys() or any(knobs[n] != usual[n] for n in ("bits", "group_size", "format")):
+            continue  # an older labkit's row, or another grid
+        found[cls(**knobs).typed()] = tuple(r[f"quality.{text}.kl"] for text in ("manual", "prose"))
     table = sorted(found.items(), key=lambda item: -item[1][1])
-    caption = f"GPTQ at {bits} bits, groups of 64, calibrated on {source}: KL in nats per token (measured)"
+    caption = f"Groups of 64, calibrated on {source}: KL in nats per token (measured)"
     return Table(("setting", "manual", "prose"), tuple((n, f"{m:.3f}", f"{p:.3f}") for n, (m, p) in table), caption)
 
 
@@ -177,8 +194,9 @@ def _one(by: Mapping[str, list]) -> Mapping:
 
 
 def _hover(row: Mapping, which: str) -> str:
+    bits = row["memory.bits_per_weight"]
     return (
-        f"{row['repr']}<br>{row['memory.bits_per_weight']:.2f} bits per weight, "
+        f"{row['repr']}<br>{bits:.2f} bits per weight, {words.percent(bits / 16)} of 16, "
         f"KL {row[f'quality.{which}.kl']:.4f} ± {row.get(f'quality.{which}.kl_se') or 0:.4f}"
     )
 

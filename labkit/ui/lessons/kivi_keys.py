@@ -69,7 +69,7 @@ class Cached:
         peak = self.keys[layer, head].abs().mean(0)
         return maps, (
             f"Squared error of {bits} bits, groups of 32 (measured): {'; '.join(said)}. The largest channel of these keys is "
-            f"{words.short(float(peak.max() / peak.median()))} times a middling one."
+            f"{words.short(float(peak.max() / peak.median()))} times the median one."
         )
 
 

@@ -96,6 +96,10 @@ class Rounding:
         first = column // size * size
         return weight[row, first : first + size].contiguous()
 
+    def sample(self) -> list[torch.Tensor]:
+        """``ROWS`` rows of every linear layer, each (rows, in): what errors are measured on."""
+        return [weight for some in self._some for weight in some.values()]
+
     def error(self, form: Format) -> float:
         """‖w - ŵ‖ / ‖w‖ over all linear layers together (``ROWS`` rows of each)."""
         squares = [s for row in self.errors(form).values() for s in row]
