@@ -34,8 +34,8 @@ def place() -> Path:
 
 def complete() -> bool:
     """Whether the converted model is there, every file with its size. Quick: nothing but the record is read."""
-    folder = place()
     try:
+        folder = place()
         record = _record(folder)
         return all((folder / name).stat().st_size == size for name, (size, _) in record.items())
     except (OSError, ValueError):

@@ -52,6 +52,10 @@ class Sweep:
                 found[type(method).__name__, method.key()] = method
         return list(found.values())
 
+    def readings(self, lm) -> set[Reading]:
+        """The ways in which the sweep's rows are read: methods for the cache otherwise than the rest."""
+        return {Reading.of(lm, method, self.windows, self.length) for method in (None, *self.methods())}
+
     def run(self, lm, store: Store | None = None, progress: bool = True, missing: bool = False) -> list[Key]:
         """Measure what the store does not have from this machine; returns the keys of all, the uncompressed first.
 
@@ -146,14 +150,14 @@ def serving(lm) -> Counter[str]:
         file = paths.data() / "results" / f"{name}.jsonl"
         if not file.is_file():
             continue
-        texts = json.dumps(text_hashes(lm, TEXTS, each.windows, each.length), sort_keys=True)
+        texts = {json.dumps(text_hashes(lm, TEXTS, **vars(r)), sort_keys=True) for r in each.readings(lm)}
         known = calibrations(lm, [s for s in each.sources if written or s == "manual"], each.seeds)
         for line in file.read_text(encoding="utf-8").splitlines():
             counts[_why_not(line, model, texts, {"", *known}) or "here"] += 1
     return counts
 
 
-def _why_not(line: str, model: str, texts: str, calibrations: set[str]) -> str:
+def _why_not(line: str, model: str, texts: set[str], calibrations: set[str]) -> str:
     """Why a shipped row does not answer for this model, "" where it does."""
     try:
         row = json.loads(line)
@@ -163,6 +167,6 @@ def _why_not(line: str, model: str, texts: str, calibrations: set[str]) -> str:
         return "labkit"
     if key.model != model:
         return "model"
-    if key.texts != texts:
+    if key.texts not in texts:
         return "texts"
     return "" if key.calib in calibrations else "calibration"

@@ -179,7 +179,7 @@ def test_the_wheel_has_the_texts_and_the_licence_of_the_manual(wheel):
         assert hashlib.sha256(content).hexdigest() == table["sha256"]
     licence = shipped["manual"]["licence_file"]
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in wheel.read(f"labkit/data/{licence}").decode()
-    metadata = wheel.read("labkit-0.1.0.dist-info/METADATA").decode()
+    metadata = wheel.read("labkit_llm-0.1.0.dist-info/METADATA").decode()
     assert f"License-Expression: {project()['license']}" in metadata
     assert f"License-File: data/{licence}" in metadata and shipped["manual"]["licence"] in project()["license"]
 

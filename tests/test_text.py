@@ -255,7 +255,7 @@ def test_git_keeps_the_bytes():
     done = subprocess.run(command, cwd=attributes.parent, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("needs git")
-    assert done.stdout.count("eol: lf") == 2 and done.stdout.count("text: set") == 2
+    assert done.stdout.count("eol: lf") == 2 and "text: unset" not in done.stdout
 
 
 @pytest.mark.model
@@ -268,6 +268,6 @@ def test_the_ids_are_those_of_the_manifest_and_of_every_shipped_row(lm):
         ids, what = text.whole(lm.tokenizer, name), shipped.shipped()[name]
         assert (len(ids), text.fingerprint(ids)) == (what.tokens, what.ids)
     for name, sweep in sweeps().items():
-        hashes = text_hashes(lm, TEXTS, sweep.windows, sweep.length)
+        hashes = [text_hashes(lm, TEXTS, **vars(reading)) for reading in sweep.readings(lm)]
         lines = (paths.data() / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        assert lines and all(json.loads(json.loads(line)["key"]["texts"]) == hashes for line in lines)
+        assert lines and all(json.loads(json.loads(line)["key"]["texts"]) in hashes for line in lines)

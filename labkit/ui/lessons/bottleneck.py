@@ -82,10 +82,8 @@ class Bench:
             raise ValueError(f"phase = {phase!r} is not allowed: it must be one of {', '.join(PHASES)}.")
         found = self._known.get((phase, batch))
         if found is None:
-            with (
-                timing.alone(f"{phase} at batch {batch}"),
-                self._lock,
-            ):  # in this order: a slider's worker holds the first
+            # In this order: a slider's worker holds the first one already.
+            with timing.alone(f"{phase} at batch {batch}"), self._lock:
                 found = self._known.get((phase, batch)) or self._time(phase, batch)
                 self._known[phase, batch] = found
         return found
