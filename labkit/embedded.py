@@ -38,7 +38,7 @@ def complete() -> bool:
         folder = place()
         record = _record(folder)
         return all((folder / name).stat().st_size == size for name, (size, _) in record.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # what may not be read is no damage, and says so itself
         return False
 
 
@@ -48,7 +48,7 @@ def intact() -> bool:
     try:
         record = _record(folder)
         return complete() and all(_sha256(folder / name) == digest for name, (_, digest) in record.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
 

@@ -212,39 +212,45 @@ def test_the_store_of_a_student_is_not_in_the_class_cache(home, monkeypatch):
     assert Store().path == home / "home" / "labkit" / "results.sqlite"
 
 
+# The interpreter and the packages may lie where only root can look: all is imported first, then the rights are dropped.
+AS_NOBODY = """
+import os, labkit
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from labkit import embedded, paths
+from labkit.results import Store
+labkit.load()
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    open(paths.cache() / "x", "w", encoding="utf-8")
+    raise SystemExit("the cache can be written to")
+except PermissionError:
+    pass
+print(labkit.load().fingerprint, paths.own(), Store().path)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become somebody else")
 @pytest.mark.model
-def test_another_user_loads_the_model_from_a_folder_that_is_not_theirs(lm, tmp_path):
-    """For real: a process without rights loads from the cache of root, writes nothing there, and compiles its graph."""
+def test_another_user_loads_the_model_from_a_folder_that_is_not_theirs(lm):
+    """For real: a process without rights loads from the cache of root and writes nothing there."""
     import shutil
+    import tempfile
 
     from labkit import embedded
 
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    shared = tmp_path / "shared"
-    shutil.copytree(embedded.place(), shared / embedded.place().name, copy_function=os.link)
-    (tmp_path / "student").mkdir(mode=0o777)
-    (tmp_path / "student").chmod(0o777)
-    before = sorted(p.name for p in shared.rglob("*"))
-    # The interpreter and the package may lie where only root can look: imported first, then the rights are dropped.
-    code = (
-        "import os, sys, labkit, transformers, labkit.engine.session\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
-        "from transformers.models.llama import modeling_llama, configuration_llama\n"
-        "from labkit import paths\n"
-        "from labkit.results import Store\n"
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "try:\n    open(os.path.join(os.environ['LABKIT_CACHE'], 'x'), 'w')\n    print('writable')\n"
-        "except PermissionError:\n    pass\n"
-        "lm = labkit.load()\n"
-        "print(lm.fingerprint, paths.own(), Store().path)"
-    )
-    env = os.environ | {"LABKIT_CACHE": str(shared), "XDG_CACHE_HOME": str(tmp_path / "student"), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    fingerprint, own, store = done.stdout.split()
-    assert fingerprint == lm.fingerprint
-    assert Path(own) == tmp_path / "student" / "labkit" and Path(store).parent == Path(own)
-    assert sorted(p.name for p in shared.rglob("*")) == before
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's own folder, which is its user's alone
+        top, shared, student = Path(name), Path(name, "shared"), Path(name, "student")
+        top.chmod(0o755)
+        shutil.copytree(embedded.place(), shared / embedded.place().name, copy_function=os.link)
+        student.mkdir()
+        student.chmod(0o777)
+        before = sorted(p.name for p in shared.rglob("*"))
+        env = os.environ | {"LABKIT_CACHE": str(shared), "XDG_CACHE_HOME": str(student), "HOME": str(student)}
+        done = subprocess.run([sys.executable, "-c", AS_NOBODY], env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        fingerprint, own, store = done.stdout.splitlines()[-1].split()
+        assert fingerprint == lm.fingerprint
+        assert Path(own) == student / "labkit" and Path(store).parent == Path(own)
+        assert sorted(p.name for p in shared.rglob("*")) == before

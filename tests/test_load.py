@@ -119,6 +119,21 @@ def test_one_bit_is_damage(home):
     assert embedded.intact()
 
 
+def test_a_model_that_may_not_be_read_is_not_damaged(home, monkeypatch):
+    folder, made = home
+    labkit.load()
+    before = names(folder)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    fail_with(monkeypatch, OSError("cannot open the file"))
+    monkeypatch.setattr(embedded, "_sha256", refuse)
+    with pytest.raises(PermissionError):
+        labkit.load()
+    assert names(folder) == before and len(made) == 1
+
+
 @pytest.mark.parametrize("broken", ["no record", "half a record", "a record of nothing", "a file less", "a short file"])
 def test_an_incomplete_folder_is_kept_and_made_again(home, broken, capsys):
     folder, made = home
