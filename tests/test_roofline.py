@@ -385,7 +385,7 @@ def test_a_disk_that_cannot_be_written_costs_only_the_memory(home, made, monkeyp
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(roofline.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.warns(UserWarning, match="could not be kept.*No space left"):
         roof = roofline.measure(device="cpu")
     assert roof.peaks["fp32"] == 2e11 and left(home) == []
@@ -395,7 +395,7 @@ def test_an_interrupt_while_writing_leaves_nothing_half_written(home, made, monk
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(roofline.os, "replace", interrupt)
+    monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         roofline.measure(device="cpu")
     assert left(home) == []

@@ -12,9 +12,7 @@ model. All cores are the default; fewer must win by a margin. The choice is reme
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from labkit._files import write_text
 from labkit.measure.alone import alone
 from labkit.measure.busy import Watch, available, is_busy, quiet
 from labkit.measure.machine import machine
@@ -297,13 +296,5 @@ def _choice(row) -> Choice | None:
 
 def _write(known: dict[str, Choice]) -> None:
     """All of the file or nothing. Where it cannot be written, it is measured again the next time."""
-    part = None
-    try:
-        path = _path()
-        part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-        part.write_text(json.dumps({key: asdict(choice) for key, choice in known.items()}, indent=1), encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            if part is not None:
-                part.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_text(_path(), json.dumps({key: asdict(choice) for key, choice in known.items()}, indent=1))
