@@ -46,6 +46,8 @@ class Fit(Method):
 class Model:
     """The edge of a LanguageModel that a sweep touches."""
 
+    model = types.SimpleNamespace(modules=list, config=types.SimpleNamespace(max_position_embeddings=2048))
+
     def __init__(self, weight=0.7, history=()):
         self.name, self.fingerprint, self.weight, self.history = "tiny", "0123", weight, history
 
@@ -59,7 +61,7 @@ class Measure:
     def __init__(self, stop=None, error=KeyboardInterrupt):
         self.calls, self.stop, self.error = [], stop, error
 
-    def __call__(self, lm, against=None, texts=(), windows=8, length=512, latency=True, progress=True):
+    def __call__(self, lm, against=None, texts=(), windows=8, length=512, latency=True, progress=True, prompt=0):
         if len(self.calls) == self.stop:
             raise self.error
         self.calls.append((lm.history, against, texts, windows, length, latency))
@@ -89,12 +91,14 @@ def text(request, monkeypatch):
         evaluation=lambda lm, windows, length, source: [source, windows, length],
         calibration=lambda lm: stub.made.append(lm) or [1.0, 2.0],
         check_windows=lambda lm, ids: None,
+        check_size=lambda windows, length: None,
         made=[],
     )
     import labkit
 
     monkeypatch.setitem(sys.modules, "labkit.text", stub)
     monkeypatch.setattr(labkit, "text", stub, raising=False)
+    monkeypatch.setattr(sys.modules["labkit.measure.reading"], "text", stub)
     return stub
 
 
@@ -247,15 +251,17 @@ def real():
 def test_a_sweep_over_a_real_model(real, store, tmp_path):
     from labkit import RTN
 
-    (tmp_path / "essay.txt").write_text("A river carries its valley to the sea, one grain at a time. " * 100)
-    texts = ["manual", tmp_path / "essay.txt"]
+    texts = [tmp_path / "essay.txt", tmp_path / "letter.txt"]
+    for path, sentence in zip(texts, ("A river carries its valley to the sea.", "One grain at a time, and no faster.")):
+        path.write_text(f"{sentence} " * 200)
+    first = str(texts[0])
     methods = grid(RTN, bits=[3, 8], group_size=32)
     got = sweep(real, methods, store, texts=texts, windows=2, length=64, latency=False, progress=False)
-    coarse, fine = got[1].quality["manual"], got[2].quality["manual"]
-    assert got[0].method == "uncompressed" and got[0].quality["manual"].kl is None
+    coarse, fine = got[1].quality[first], got[2].quality[first]
+    assert got[0].method == "uncompressed" and got[0].quality[first].kl is None
     assert coarse.kl > 10 * fine.kl > 0 and coarse.top1 < fine.top1
     assert got[1].memory.linears < got[2].memory.linears < got[0].memory.linears
-    assert set(got[1].quality) == {"manual", str(tmp_path / "essay.txt")}
+    assert set(got[1].quality) == set(map(str, texts))
     hashes = text_hashes(real, texts, 2, 64)
     assert all(m.texts == hashes for m in got), "the key holds the hashes of what was measured"
     assert [store.find(Key.of(real, m, hashes)).measurement for m in (None, *methods)] == got
