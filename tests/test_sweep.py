@@ -46,6 +46,7 @@ class Fit(Method):
 class Model:
     """The edge of a LanguageModel that a sweep touches."""
 
+    coverage = None  # set where a method has looked at which weights it changes
     model = types.SimpleNamespace(modules=list, config=types.SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, weight=0.7, history=()):
