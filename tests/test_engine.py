@@ -295,6 +295,7 @@ def test_half_precision_models_are_computed_in_fp32(tiny_lm):
 # --- the real model ---
 
 
+@pytest.mark.model
 def test_real_model_dense_within_a_thousandth_and_the_same_text(lm):
     compiled = compile(lm, **DENSE)
     text = (labkit.text.evaluation(lm, windows=2, length=512)).reshape(1, -1)
@@ -305,6 +306,7 @@ def test_real_model_dense_within_a_thousandth_and_the_same_text(lm):
     assert compiled.generate(prompt, 64) == lm.generate(prompt, 64)
 
 
+@pytest.mark.model
 def test_real_model_packed_is_as_close_to_eager_as_rounding_lets_it(lm):
     """Activations rounded to 8 bits make of a last digit a whole step, so two right answers differ: by how much?
 

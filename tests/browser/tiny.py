@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from labkit.coverage import Coverage
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.method import Method, knob
 from labkit.progress import track
@@ -25,6 +26,7 @@ class Tiny:
     """As much of a LanguageModel as the panel touches."""
 
     name, fingerprint, history = "tiny random Llama", "0123456789abcdef", ()
+    coverage = Coverage()
 
     def __init__(self, model=None):
         config = LlamaConfig(
