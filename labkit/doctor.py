@@ -362,7 +362,8 @@ def texts() -> Iterator[Line]:
 
     from labkit import text
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    how = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     other = [name for name, what in texts.items() if text.fingerprint(text.whole(tokenizer, name)) != what.ids]
     if other:
         have = f"transformers {version('transformers')}, tokenizers {version('tokenizers')}"

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from labkit.measure import roofline, timing
-from labkit.measure.alone import alone
+from labkit.measure.alone import EVERY, alone
 from labkit.progress import Cancelled, listen
 from labkit.ui.worker import Latest
 
@@ -21,7 +21,7 @@ LONG = 60  # seconds: nothing here takes as long, however busy the machine
 
 HOLDER = """\
 import sys, time
-from labkit.measure.alone import alone
+from labkit.measure.alone import EVERY, alone
 with alone("a sweep in a terminal"):
     print("held", flush=True)
     sys.stdin.readline()
@@ -87,7 +87,7 @@ def test_two_threads_never_overlap_and_both_get_their_turn():
         for _ in range(5):
             with alone(name):
                 log.append((name, "in"))
-                time.sleep(0.01)
+                time.sleep(3 * EVERY)  # the other one looks in the meantime
                 log.append((name, "out"))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in "ab"]

@@ -92,7 +92,7 @@ def machine_seconds() -> float | None:
     """CPU seconds that the cores this process may use have worked so far, for whomever; None where the system does not say."""
     try:
         mine = {f"cpu{n}" for n in os.sched_getaffinity(0)}
-        lines = [line.split() for line in (_PROC / "stat").read_text().splitlines()]
+        lines = [line.split() for line in (_PROC / "stat").read_text(encoding="ascii").splitlines()]
         ticks = [[int(t) for t in line[1:9]] for line in lines if line and line[0] in mine]
         if ticks:  # user, nice, system, idle, iowait, irq, softirq, steal
             return sum(sum(t) - t[3] - t[4] for t in ticks) / os.sysconf("SC_CLK_TCK")
@@ -119,9 +119,9 @@ def _limit() -> tuple[float, Path] | None:
     for folder in _groups("cpu"):
         try:
             if (folder / "cpu.max").is_file():  # version 2
-                quota, period = (folder / "cpu.max").read_text().split()
+                quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             else:
-                quota, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+                quota, period = ((folder / f"cpu.cfs_{n}_us").read_text(encoding="ascii") for n in ("quota", "period"))
             if float(quota) > 0 and float(period) > 0:
                 found.append((float(quota) / float(period), folder))
         except (OSError, ValueError):  # no such file, or "max"
@@ -137,10 +137,10 @@ def _group_seconds() -> float | None:
     folder = limit[1]
     try:
         if (folder / "cpu.max").is_file():
-            lines = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+            lines = dict(line.split() for line in (folder / "cpu.stat").read_text(encoding="ascii").splitlines())
             return int(lines["usage_usec"]) / 1e6
         usage = _CGROUP / "cpuacct" / folder.relative_to(_CGROUP / "cpu") / "cpuacct.usage"
-        return int(usage.read_text()) / 1e9
+        return int(usage.read_text(encoding="ascii")) / 1e9
     except (OSError, ValueError, KeyError):
         return None
 
@@ -149,7 +149,7 @@ def _groups(controller: str) -> list[Path]:
     """The folders of this process's control group and of those above it, version 2 and version 1."""
     found = [_CGROUP, _CGROUP / controller]
     try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
+        lines = (_PROC / "self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return found
     for line in lines:
