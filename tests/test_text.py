@@ -267,7 +267,7 @@ def test_the_ids_are_those_of_the_manifest_and_of_every_shipped_row(lm):
     for name in TEXTS:
         ids, what = text.whole(lm.tokenizer, name), shipped.shipped()[name]
         assert (len(ids), text.fingerprint(ids)) == (what.tokens, what.ids)
-    for name, sweep in sweeps().items():
-        hashes = [text_hashes(lm, TEXTS, **vars(reading)) for reading in sweep.readings(lm)]
-        lines = (paths.data() / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    for file in sorted((paths.data() / "results").glob("*.jsonl")):
+        hashes = [text_hashes(lm, TEXTS, **vars(reading)) for reading in sweeps()[file.stem].readings(lm)]
+        lines = file.read_text(encoding="utf-8").splitlines()
         assert lines and all(json.loads(json.loads(line)["key"]["texts"]) in hashes for line in lines)
