@@ -243,7 +243,7 @@ def test_line_ends_of_windows_move_no_id(tiny_lm, tmp_path, monkeypatch):
 def test_a_text_that_is_missing_is_said(tmp_path, monkeypatch):
     (tmp_path / "manifest.toml").write_text((paths.data() / "manifest.toml").read_text(encoding="utf-8"))
     monkeypatch.setattr(paths, "data", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="text 'manual' is missing from .*: install labkit again"):
+    with pytest.raises(FileNotFoundError, match="text 'manual' is missing from .*: it ships with labkit"):
         text.raw("manual")
 
 
