@@ -70,7 +70,10 @@ def measure(
         eager = _latency(lm, against) if latency else None
         as_graph = _as_graph(lm, graph, against) if latency and graph is not None else None
         notes = (*notes, *_on_times(eager, as_graph, graph))
-    cached, tokens = memory.kv_bytes(lm)
+        cached, tokens = memory.kv_bytes(lm)
+    held = None if graph is None else graph.nbytes
+    del graph, run
+    heap.trim()
     return Measurement(
         model=lm.name,
         method=" -> ".join(lm.history) or "uncompressed",
@@ -82,7 +85,7 @@ def measure(
             kv_bytes=cached,
             kv_tokens=tokens,
             peak=peak.bytes,
-            engine=None if graph is None else graph.nbytes,
+            engine=held,
             compressed=lm.coverage.share,
             left=lm.coverage.left,
             bits_before=8 * (lm if against is None else against).model.dtype.itemsize,

@@ -10,6 +10,7 @@ import torch
 
 from labkit import cache
 from labkit.coverage import bits_per_weight  # noqa: F401  (of the same family as what is here)
+from labkit.linear import exact
 from labkit.walk import blocks, is_linear
 
 KV_TOKENS = 1000  # the length at which a cache is weighed
@@ -54,7 +55,7 @@ def kv_bytes(lm, tokens: int = KV_TOKENS) -> tuple[int, int]:
     tokens = min(tokens, getattr(lm.model.config, "max_position_embeddings", None) or tokens)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(tokens, device=lm.device)[None] * 7 % vocabulary
-    with torch.inference_mode():
+    with torch.inference_mode(), exact():  # no kernels are built for this one forward
         return cache_bytes(lm.model(ids, use_cache=True, logits_to_keep=1).past_key_values), tokens
 
 
