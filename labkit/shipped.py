@@ -59,5 +59,7 @@ def text(name: str) -> str:
     """
     contents = [path.read_text(encoding="utf-8") for path in shipped()[name].paths]  # reads \r\n as \n
     if not contents:
-        raise FileNotFoundError(f"The text {name!r} is missing from {paths.data()}: it ships with labkit, so get that again.")
+        raise FileNotFoundError(
+            f"The text {name!r} is missing from {paths.data()}: it ships with labkit, so get that again."
+        )
     return contents[0] if len(contents) == 1 else "\n\n".join(content.strip() for content in contents)
