@@ -180,7 +180,7 @@ SHIPPED = [  # notebook, its live figures, a slider to move, which way, and how 
     ("00_start_here.ipynb", 3, "bits", "ArrowLeft", "At "),
     ("01_find_the_bottleneck.ipynb", 2, "batch", "ArrowRight", "Decode, batch "),
     ("02_number_formats.ipynb", 3, "bits", "ArrowLeft", "self_attn.q_proj of block"),
-    ("03_post_training_quantization.ipynb", 6, "column", "ArrowRight", "self_attn.q_proj of block"),
+    ("03_post_training_quantization.ipynb", 7, "column", "ArrowRight", "self_attn.q_proj of block"),
     ("05_zeroing_weights.ipynb", 10, "sparsity", "ArrowRight", "self_attn.q_proj of block"),
     ("07_kv_cache.ipynb", 6, "texts", "ArrowRight", "At "),
 ]
