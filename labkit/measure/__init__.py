@@ -102,9 +102,7 @@ def _on_times(eager: Latency | None, as_graph: Latency | None, graph) -> Iterato
     """What to know about the times, in sentences."""
     busy = max((t.busy or 0.0 for t in (eager, as_graph) if t), default=0.0)
     if is_busy(busy):
-        yield f"Other programs took {busy:.0%} of the cores while it was timed: these times are not kept.".replace(
-            "%", " %"
-        )
+        yield f"Other programs took {coverage.percent(busy)} of the cores while it was timed: these times are not kept."
     if as_graph and (note := timing.cache_note(graph.nbytes, "weights of the graph")):
         yield note
 

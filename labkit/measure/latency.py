@@ -25,14 +25,14 @@ ROUNDS = 15
 GROWN = 64  # tokens that are decoded before a text that cannot be cut back begins again
 
 
-def latency(lm, against=None, rounds: int = ROUNDS, context: int | None = None) -> Latency:
+def latency(lm, against=None, rounds: int = ROUNDS) -> Latency:
     """Time ``lm`` eagerly; where it is given, in turns with ``against``, the uncompressed model.
 
-    ``context``: tokens in the cache when decoding begins; None: 16, or 1,024 where methods act on the cache.
+    Decoding begins with 16 tokens in the cache, or 1,024 where methods act on it.
     """
     models = {"this": lm} if against is None else {"baseline": against, "this": lm}
     room = min(_room(m) for m in models.values())
-    context = length_for(lm, room) if context is None else min(context, room - STEPS)
+    context = max(1, min(LONG_CONTEXT if cache.methods_of(lm.model) else CONTEXT, room - STEPS))
     prompt = min(PROMPT, room)
     prefills = {name: prefill_run(m, prompt) for name, m in models.items()}
     decodes = {name: decode_run(m, context, STEPS) for name, m in models.items()}
@@ -47,11 +47,6 @@ def engine_latency(lm, graph, against=None, rounds: int = ROUNDS) -> Latency:
     prefills = {name: engine_prefill_run(g, lm, prompt) for name, g in graphs.items()}
     decodes = {name: engine_decode_run(g, lm, context, STEPS) for name, g in graphs.items()}
     return _timed(prefills, decodes, prompt, context, rounds, getattr(graph, "threads", 1), {})
-
-
-def length_for(lm, room: int) -> int:
-    """Tokens in the cache at which decoding shows what this model's methods do."""
-    return max(1, min(LONG_CONTEXT if cache.methods_of(lm.model) else CONTEXT, room - STEPS))
 
 
 def _room(lm) -> int:

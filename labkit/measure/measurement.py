@@ -23,9 +23,7 @@ class Quality:
     kl_se: float | None = None
     top1: float | None = None  # share of tokens whose most likely next token agrees, 0 to 1
     top1_se: float | None = None
-    kl_run: float | None = (
-        None  # nats per token, of the compiled model against the uncompressed one; None: not compiled
-    )
+    kl_run: float | None = None  # KL of the compiled model against the uncompressed one; None: not compiled
     kl_run_se: float | None = None
     per_window: dict[str, list[float]] = field(default_factory=dict)  # "nll", "kl", "top1", "kl_run": means by window
 
@@ -42,9 +40,7 @@ class Memory:
     peak: int | None = None  # highest resident set (CPU) or allocation (CUDA) while measuring, both models and all
     engine: int | None = None  # weights of the compiled model, head and embedding packed to 8 bits
     compressed: float = 1.0  # share of the decoder's weights that are no longer as they were, 0 to 1
-    left: list[str] = field(
-        default_factory=list
-    )  # what is as it was, "model.layers.*.mlp.experts.down_proj" for all blocks
+    left: list[str] = field(default_factory=list)  # what is as it was: coverage.Coverage.left
     bits_before: int = 32  # of a weight of the model as it was loaded
 
 
