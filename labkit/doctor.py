@@ -349,7 +349,7 @@ def texts() -> Iterator[Line]:
     known = shipped.shipped()
     if damaged := [name for name in known if not shipped.intact(name)]:
         said = f"{', '.join(damaged)} in {shipped.paths.data()}: not as it was shipped, so numbers here are others' no more"
-        yield Line("texts", PROBLEM, said, "install labkit again, or `git checkout data` in a checkout")
+        yield Line("texts", PROBLEM, said, "`git checkout data`; without a checkout, install the package again")
         return
     texts = {name: what for name, what in known.items() if what.ids}
     named = " and ".join(f"{name} ({what.tokens:,} tokens)" for name, what in texts.items())

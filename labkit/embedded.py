@@ -161,7 +161,7 @@ def frozen(model) -> list[torch.Tensor]:
 
     (path,) = shipped.shipped()["unsnap"].paths
     if not shipped.intact("unsnap"):
-        raise OSError(f"{path} is damaged: install labkit again.")
+        raise OSError(f"{path} is damaged: install the package again, or `git checkout data`.")
     return list(load_file(path)["factors"].split(sizes(model)))
 
 
