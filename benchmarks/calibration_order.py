@@ -27,6 +27,9 @@ from labkit.formats import Integer
 from labkit.linear import exact
 from labkit.quantize import AWQ, AWQGPTQ
 from labkit.quantize.awq import Search, best_factors
+from labkit.reproduce import TEXTS
+from labkit.results import Key, Store
+from labkit.sweep import text_hashes
 from labkit.ui.lessons.inputs import Inputs
 
 FILE = paths.data() / "calibration_order.json"
@@ -53,15 +56,19 @@ def ordered(lm, order: str, seed: int) -> torch.Tensor:
     return torch.cat([manual, own] if order == "manual first" else [own, manual])
 
 
-def measured(lm, trial: dict) -> dict:
-    """A trial with the KL divergence, in nats per token, of each window of both evaluation texts."""
+def measured(lm, trial: dict, store: Store | None = None) -> dict:
+    """A trial with the KL divergence, in nats per token, of each window of both evaluation texts; what a store has is not
+    measured again."""
     method = eval(trial["method"], {"AWQ": AWQ, "AWQGPTQ": AWQGPTQ})
-    small = method(lm, ordered(lm, trial["order"], trial["seed"]), progress=False)
-    kl = {}
-    for name in ("manual", "prose"):
-        windows = text.evaluation(lm, 8, 512, name)
-        kl[name] = [round(labkit.divergence(small, lm, w[None]).kl, 6) for w in windows]
-    return trial | {"kl": kl}
+    calib = ordered(lm, trial["order"], trial["seed"])
+    row = (store or Store()).find(Key.of(lm, method, text_hashes(lm, TEXTS), calib))
+    if row is not None:  # in turns is the order of "mixed": `labkit reproduce calibration` has measured it
+        found = {name: row.measurement.quality[name].per_window["kl"] for name in TEXTS}
+    else:
+        small = method(lm, calib, progress=False)
+        windows = {name: text.evaluation(lm, 8, 512, name) for name in TEXTS}
+        found = {name: [labkit.divergence(small, lm, w[None]).kl for w in windows[name]] for name in TEXTS}
+    return trial | {"kl": {name: [round(v, 6) for v in values] for name, values in found.items()}}
 
 
 def chosen(search: Search) -> int:

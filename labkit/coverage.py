@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from labkit._share import address, storage_address
 from labkit.linear import STORED
 from labkit.walk import Matrix, blocks, matrices, path_of
 
@@ -78,7 +79,7 @@ def nbytes(lm) -> int:
     """Bytes held by the decoder's weights, each storage once: codes, scales and zeros, and copies that kernels keep."""
     found = decoder_weights(lm)
     tensors = [t for m in found for t in ([m.tensor] if m.tensor is not None else m.module.buffers())]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {storage_address(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) + sum(getattr(m.module, "runtime_nbytes", 0) for m in found)
 
 
@@ -109,7 +110,7 @@ def coverage(lm, before) -> Coverage:
 
 
 def _place(m: Matrix) -> tuple:
-    return m.tensor.data_ptr(), m.tensor.shape, m.tensor.stride(), m.tensor.dtype
+    return address(m.tensor), m.tensor.shape, m.tensor.stride(), m.tensor.dtype
 
 
 def tell(method, found: Coverage) -> None:

@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from labkit import cache
+from labkit._share import address, raw
 
 # What decides a model's outputs and does not show in the shapes of its weights. Not the whole config: each version of
 # transformers writes other fields, and a model must be the same one under all of them.
@@ -57,7 +58,7 @@ def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().reshape(-1)
     if flat.stride() != (1,):  # a single number may keep any stride
         flat = flat.clone(memory_format=torch.contiguous_format)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy())}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(raw(flat))}"
 
 
 def _weights(model) -> Iterator[tuple[str, str]]:
@@ -72,7 +73,7 @@ def _weights(model) -> Iterator[tuple[str, str]]:
                 if name in released:
                     yield full, released[name]
                 continue
-            place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+            place = address(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
             if place not in known or not tensor.numel():
                 known[place] = digest(tensor)
             yield full, known[place]

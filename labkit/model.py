@@ -1,4 +1,4 @@
-"""LanguageModel: a transformers model and its tokenizer, with copies that share tensors and packed weights that save."""
+"""LanguageModel: a transformers model and its tokenizer, with copies that share memory and packed weights that save."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from labkit import cache, embedded, identity
 from labkit._files import whole_folder
+from labkit._share import address, twin
 from labkit.coverage import Coverage, percent
 from labkit.method import brief, methods
 
@@ -66,8 +67,9 @@ class LanguageModel:
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     def copy(self) -> LanguageModel:
-        """A model with its own modules that shares every tensor with this one."""
-        memo = {id(t): t for t in _tensors(self.model)}
+        """A model with modules and tensors of its own, whose memory is shared until one of the two is written to."""
+        plain = (torch.Tensor, torch.nn.Parameter)  # a library's own kinds of tensors know how to copy themselves
+        memo = {id(t): twin(t) for t in _tensors(self.model) if type(t) in plain}
         return LanguageModel(copy.deepcopy(self.model, memo), self.tokenizer, self.name, self.history, self.coverage)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -220,10 +222,11 @@ def _load_saved(folder: Path) -> LanguageModel:
         model = _causal_class(manifest["class"])(config)
         for path, spec in manifest["packed"].items():
             model.set_submodule(path, linear.from_spec(spec))
-        for alias, original in manifest["shared"].items():
-            tensors[alias] = tensors[original]
         for name, tensor in tensors.items():
             _assign(model, name, tensor)
+        for alias, original in manifest["shared"].items():
+            _assign(model, alias, _tensor(model, original))
+        tensors |= dict.fromkeys(manifest["shared"])
         if missing := sorted(model.state_dict().keys() - tensors.keys()):  # they would keep their random values
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
         if getattr(config, "tie_word_embeddings", False):
@@ -249,12 +252,18 @@ def _causal_class(name: str) -> type:
     return found
 
 
+def _tensor(model, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
 def _assign(model, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor at its place whatever shape stood there before: pruned models have other shapes than their config."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        known = isinstance(tensor, torch.nn.Parameter)  # of another place too: tied, they stay one
+        module._parameters[leaf] = tensor if known else torch.nn.Parameter(tensor, requires_grad=False)
     elif leaf in module._buffers:
         module._buffers[leaf] = tensor
     else:
@@ -270,7 +279,7 @@ def _unshare(state: dict) -> tuple[dict, dict]:
     """safetensors refuses tensors that share memory: keep the first of each, and name the others as aliases."""
     kept, shared, seen = {}, {}, {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        place = (address(tensor), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         if place in seen:
             shared[name] = seen[place]
         else:

@@ -38,6 +38,7 @@ class Sweep:
     windows: int = 8
     length: int = 512
     latency: bool = True
+    engine: bool = True
     sources: tuple[str, ...] = ("mixed",)
     seeds: tuple[int, ...] = (0,)
 
@@ -64,7 +65,7 @@ class Sweep:
         from labkit import text
 
         store = Store() if store is None else store
-        how = {"texts": TEXTS, "windows": self.windows, "length": self.length, "latency": self.latency}
+        how = {name: getattr(self, name) for name in ("windows", "length", "latency", "engine")}
         hashes: dict[Reading, dict[str, str]] = {}
 
         def key_of(method, calib=None) -> Key:
@@ -91,7 +92,7 @@ class Sweep:
             calib = text.calibration(lm, source=chosen[0], seed=chosen[1]) if chosen else None
             rows = {m: known(m, calib) for m in todo}
             if new := [m for m, key in rows.items() if key is None]:
-                sweep(lm, new, store, calib, progress=progress, **how)
+                sweep(lm, new, store, calib, TEXTS, progress=progress, **how)
             keys += [key or key_of(m, calib) for m, key in rows.items()]
         return keys
 

@@ -25,6 +25,7 @@ def sweep(
     progress: bool = True,
     measure: Callable[..., Measurement] | None = None,
     prompt: int | None = None,
+    engine: bool = True,
 ) -> list[Measurement]:
     """Measure ``lm`` uncompressed, then under each method, against ``lm``; returns the measurements in that order.
 
@@ -32,7 +33,8 @@ def sweep(
     that an interrupt loses only the one in flight, and the same call resumes. Times that were taken while the machine was
     busy are not stored: the row goes in without them, and the next call takes them again. ``calib`` is a LongTensor
     (windows, length), by default ``text.calibration(lm)`` where a method needs it. ``windows``, ``length``, ``prompt``: as
-    :func:`labkit.measure` chooses them for each method; the uncompressed model is measured for each choice.
+    :func:`labkit.measure` chooses them for each method; the uncompressed model is measured for each choice. ``latency``,
+    ``engine``: what :func:`labkit.measure` does with them.
     ``measure`` stands in for ``labkit.measure``.
     """
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
@@ -48,7 +50,7 @@ def sweep(
 
         calib = text.calibration(lm)
 
-    how = {"texts": texts, "latency": latency, "progress": progress}
+    how = {"texts": texts, "latency": latency, "progress": progress, "engine": engine}
     asked = [(m, Reading.of(lm, m, windows, length, prompt)) for m in methods]
     plain = list(dict.fromkeys(r for _, r in asked)) or [Reading.of(lm, None, windows, length, prompt)]
     hashes = {r: text_hashes(lm, texts, **vars(r)) for r in plain}

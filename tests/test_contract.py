@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import labkit
+from labkit._share import address
 from labkit.measure import memory
 
 METHODS = labkit.methods()
@@ -53,9 +54,36 @@ def test_input_untouched_and_deterministic(cls, lm, calib, ids):
 
 
 def test_untouched_tensors_are_shared(cls, lm, small):
-    mine = {t.data_ptr() for t in lm.model.state_dict().values()}
-    theirs = {t.data_ptr() for t in small(cls).model.state_dict().values()}
+    mine = {address(t) for t in lm.model.state_dict().values()}
+    theirs = {address(t) for t in small(cls).model.state_dict().values()}
     assert mine & theirs
+
+
+def change_all(model, how: str):
+    """What a user may do to a model that he takes for his own."""
+    if how == "a dtype":
+        model.to(torch.bfloat16)
+    elif how == "a gradient":
+        model.requires_grad_(any(p.is_floating_point() for p in model.parameters()))
+    else:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+
+@pytest.mark.parametrize("how", ["a dtype", "a gradient", "a write"])
+def test_what_is_done_to_one_of_two_models_leaves_the_other_as_it_was(cls, how, lm, calib, ids):
+    """transformers' modules write into their Parameters: a Parameter of both models would change with either."""
+    original = lm.copy()
+    before, made = logits(original, ids), cls()(original, calib, progress=False)
+    change_all(made.model, how)
+    assert torch.equal(logits(original, ids), before) and original.model.dtype == torch.float32
+    assert not any(p.requires_grad for p in original.model.parameters())
+    made = cls()(original, calib, progress=False)
+    before = logits(made, ids)
+    change_all(original.model, how)
+    assert torch.equal(logits(made, ids), before)
+    assert not any(p.requires_grad for p in made.model.parameters())
 
 
 def test_finite_logits(cls, small, ids):

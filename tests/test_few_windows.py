@@ -13,6 +13,8 @@ import labkit
 from labkit import text
 from labkit.formats import Integer
 from labkit.quantize import awq
+from labkit.results import Store
+from labkit.sweep import sweep
 from labkit.ui.lessons import few_windows
 from labkit.ui.lessons.inputs import Inputs
 
@@ -79,6 +81,18 @@ def test_a_trial_is_the_method_and_its_divergence(script, tiny_lm, monkeypatch):
     for name, values in made["kl"].items():
         truth = labkit.divergence(small, tiny_lm, windows(2, 24 + len(name))).kl
         assert sum(values) / 2 == pytest.approx(truth, rel=1e-3)
+
+
+def test_what_a_store_has_is_not_measured_again(script, tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "ordered", lambda lm, order, seed: windows(4, 24))
+    monkeypatch.setattr(text, "evaluation", lambda lm, count, length, name: windows(2, 24 + len(name)))
+    store, asked = Store(tmp_path / "rows.sqlite"), {"order": "in turns", "seed": 0}
+    sweep(tiny_lm, [labkit.AWQ(bits=3, group_size=16)], store, windows(4, 24), latency=False, progress=False)
+    made = script.measured(tiny_lm, asked | {"method": "AWQ(bits=3, group_size=16)"})
+    monkeypatch.setattr(labkit.AWQ, "__call__", None)
+    found = script.measured(tiny_lm, asked | {"method": "AWQ(bits=3, group_size=16)"}, store)
+    for name, values in made["kl"].items():
+        assert found["kl"][name] == pytest.approx(values, rel=1e-3)
 
 
 def test_a_search_is_judged_on_more_windows_of_both_texts(script, tiny_lm, monkeypatch):

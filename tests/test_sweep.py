@@ -62,10 +62,12 @@ class Measure:
     def __init__(self, stop=None, error=KeyboardInterrupt):
         self.calls, self.stop, self.error = [], stop, error
 
-    def __call__(self, lm, against=None, texts=(), windows=8, length=512, latency=True, progress=True, prompt=0):
+    def __call__(
+        self, lm, against=None, texts=(), windows=8, length=512, latency=True, progress=True, engine=True, prompt=0
+    ):
         if len(self.calls) == self.stop:
             raise self.error
-        self.calls.append((lm.history, against, texts, windows, length, latency))
+        self.calls.append((lm.history, against, texts, windows, length, latency, engine))
         quality = {text: Quality(lm.weight, 0.0, windows * length) for text in texts}
         speed = Latency(1.0, 0.0, 512, 1.0, 0.0, 1) if latency else None
         return Measurement(
@@ -115,11 +117,17 @@ def test_the_baseline_comes_first_and_everything_is_stored(store, capsys):
     assert [m.method for m in got] == ["uncompressed", repr(methods[0]), repr(methods[1]), repr(methods[2].methods[1])]
     assert [m.quality["manual"].perplexity for m in got] == [0.7, 0.75, 179 / 256, 0.75]
     assert [against for _, against, *_ in measure.calls] == [None, lm, lm, lm]
-    assert all(call[2:] == (("manual",), 3, 7, True) for call in measure.calls)
+    assert all(call[2:] == (("manual",), 3, 7, True, True) for call in measure.calls)
     hashes = {"manual": "hash of ['manual', 3, 7]"}
     assert hashes == text_hashes(lm, ["manual"], 3, 7)
     assert [store.get(Key.of(lm, method, hashes)) for method in (None, *methods)] == got
     assert "4 measured, 0 were in the store already" in capsys.readouterr().out
+
+
+def test_what_measure_is_told(store):
+    measure = Measure()
+    sweep(Model(), [], store, windows=3, length=7, latency=False, engine=False, measure=measure)
+    assert [call[3:] for call in measure.calls] == [(3, 7, False, False)]
 
 
 def test_what_is_there_is_skipped_and_said(store, capsys):

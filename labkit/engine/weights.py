@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
+from labkit._share import raw
 from labkit.formats import Encoded, Integer, Quantized, pack
 from labkit.linear import STORED, matmulnbits
 
@@ -41,19 +42,19 @@ class Weights:
         """Store a tensor under a name, which is returned."""
         tensor = tensor.detach().cpu().contiguous()
         proto = TensorProto(name=name, data_type=KINDS[tensor.dtype], dims=shape or tuple(tensor.shape))
-        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        if len(raw) < self.inline:
-            proto.raw_data = raw.tobytes()
+        data = memoryview(raw(tensor))
+        if len(data) < self.inline:
+            proto.raw_data = data.tobytes()
         else:
-            step = ALIGN if len(raw) >= self.aligned_from else 64
+            step = ALIGN if len(data) >= self.aligned_from else 64
             self._out.seek(-self._out.tell() % step, 1)
             proto.data_location = TensorProto.EXTERNAL
-            place = {"location": self.file.name, "offset": self._out.tell(), "length": len(raw)}
+            place = {"location": self.file.name, "offset": self._out.tell(), "length": len(data)}
             for key, value in place.items():
                 proto.external_data.add(key=key, value=str(value))
-            self._out.write(raw)
+            self._out.write(data)
         self.initializers.append(proto)
-        self.sizes[name] = len(raw)
+        self.sizes[name] = len(data)
         return name
 
     @property

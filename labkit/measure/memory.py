@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from labkit import cache
+from labkit._share import storage_address
 from labkit.coverage import bits_per_weight  # noqa: F401  (of the same family as what is here)
 from labkit.linear import exact
 from labkit.walk import blocks, is_linear
@@ -20,7 +21,7 @@ def held(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once, and of the copies that kernels' runtimes keep."""
     storages = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[storage_address(tensor)] = tensor.untyped_storage().nbytes()
     return sum(storages.values()) + sum(getattr(m, "runtime_nbytes", 0) for m in module.modules())
 
 
