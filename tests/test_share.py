@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import labkit
 from labkit import _share
 from labkit._share import address, raw, storage_address, twin
 
@@ -67,3 +68,40 @@ def test_addresses():
     t = torch.zeros(8)
     assert address(t) == t.data_ptr() and address(t[2:]) == t.data_ptr() + 8
     assert storage_address(t[2:]) == t.data_ptr() and _share.raw(t[6:])[:] == bytes(8)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def logits(lm, ids):
+    with torch.inference_mode():
+        return lm.model(ids).logits
+
+
+def change_all(model, how: str):
+    """What a user may do to a model that he takes for his own."""
+    if how == "a dtype":
+        model.to(torch.bfloat16)
+    elif how == "a gradient":
+        model.requires_grad_(any(p.is_floating_point() for p in model.parameters()))
+    else:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+
+@pytest.mark.parametrize("how", ["a dtype", "a gradient", "a write"])
+@pytest.mark.parametrize("cls", labkit.methods().values(), ids=labkit.methods())
+def test_what_is_done_to_one_of_two_models_leaves_the_other_as_it_was(cls, how, tiny_lm):
+    """torch's modules write into their Parameters: a Parameter of both models would change with either."""
+    calib, ids = (torch.randint(1, 90, (2, n), generator=torch.Generator().manual_seed(n)) for n in (32, 24))
+    original = tiny_lm
+    before, made = logits(original, ids), cls()(original, calib, progress=False)
+    change_all(made.model, how)
+    assert torch.equal(logits(original, ids), before) and original.model.dtype == torch.float32
+    assert not any(p.requires_grad for p in original.model.parameters())
+    made = cls()(original, calib, progress=False)
+    before = logits(made, ids)
+    change_all(original.model, how)
+    assert torch.equal(logits(made, ids), before)
+    assert not any(p.requires_grad for p in made.model.parameters())
