@@ -13,7 +13,7 @@ NEWS  := .venv/share/jupyter/lab/settings/overrides.d/labkit.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch browser lab test regress bench lint format links clean
+.PHONY: help setup fetch browser lab test zoo regress bench lint format links clean
 
 help: ## list the targets and variables
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -93,6 +93,9 @@ browser:
 
 test: lint browser fetch ## check the style and run every test
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+zoo: $(STAMP) ## check every family of models, and write docs/families.md
+	$(BIN)/python tests/zoo/table.py
 
 regress: fetch ## run every notebook and compare its numbers with the baselines
 	$(BIN)/labkit regress $(REGRESS_FLAGS)
