@@ -13,6 +13,7 @@ import math
 import numbers
 import re
 import typing
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -145,6 +146,15 @@ def knob(default, low=None, high=None, step=None, choices=None, form=None, stops
     return field(default=default, metadata={"knob": described | {"none": none, "help": help}})
 
 
+class DoneInPart(UserWarning):
+    """A method could not do a part of what it is there for."""
+
+
+def both(*said: str | None) -> str | None:
+    """What several parts of a method have to say, in one; None where that is nothing."""
+    return "; ".join(filter(None, said)) or None
+
+
 ON_WEIGHTS = ("quantize", "prune", "structure", "train")  # kinds of methods that are there to change weights
 
 
@@ -191,8 +201,10 @@ class Method:
 
         calib = self._windows(lm, calib)
         small = lm.copy()
-        self.apply(small, calib, progress)
-        small.history = (*lm.history, repr(self))
+        said = self.apply(small, calib, progress)
+        small.history = (*lm.history, f"{self!r} ({said})" if said else repr(self))
+        if said:
+            warnings.warn(f"{self.typed()}: {said}.", DoneInPart, stacklevel=3)
         if self.kind in ON_WEIGHTS:
             small.coverage = coverage(small, lm)
         return small
@@ -209,8 +221,12 @@ class Method:
         text.check_windows(lm, calib)
         return calib
 
-    def apply(self, lm, calib, progress: bool) -> None:
-        """Compress ``lm`` in place. ``lm`` is a private copy: replace its tensors, never write into them."""
+    def apply(self, lm, calib, progress: bool) -> str | None:
+        """Compress ``lm`` in place. ``lm`` is a private copy: replace its tensors, never write into them.
+
+        Returns None, or in a few words what could not be done as asked, such as "smoothed in 12 of 30 blocks". They stand
+        after the method in the model's history, hence in every measurement, and in a warning.
+        """
         raise NotImplementedError
 
     @classmethod

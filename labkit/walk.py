@@ -8,7 +8,6 @@ gate/up) share them. Layers are found by walking, never by a file per architectu
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -227,14 +226,14 @@ def walk(
     what: str = "compressing",
     progress: bool = True,
     prepare: Prepare | None = None,
-) -> None:
+) -> str | None:
     """Replace every linear of the decoder by ``solve(weight, stats, path)``, block by block, in place on ``lm``.
 
     ``solve`` takes the weight (out, in) in fp32, its :class:`Stats` and the layer's path in the model. It returns a new
     weight of that shape, an encoded one (``labkit.formats.Encoded``), which becomes a packed linear, or a module that
     takes the linear's place (its bias and dtype are set here). ``prepare(block, flow, index)``, where it
-    is given, may change the block's dense weights before its statistics are gathered. Raises ValueError on a NaN in a
-    weight or in an activation, naming the layer.
+    is given, may change the block's dense weights before its statistics are gathered. Returns what could not be done as
+    asked, in a few words, or None. Raises ValueError on a NaN in a weight or in an activation, naming the layer.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"statistic = {statistic!r} is not allowed: it must be one of {', '.join(STATISTICS)}.")
@@ -257,13 +256,13 @@ def walk(
             continue
         for name, module in list(linears(block)):
             block.set_submodule(name, compressed(name, module, Stats()))
-    if flow and flow.unseen:
-        one, *others = flow.unseen
-        named = f"{one} and {len(others)} more" if others else one
-        text = f"{what}: no input of {named} was seen in the calibration, so its channels count as if they were alike."
-        warnings.warn(text, stacklevel=3)  # past the two decorators
+    unseen = list(flow.unseen) if flow else []
     del flow
     heap.trim()
+    if not unseen:
+        return None
+    named = f"{unseen[0]} and {len(unseen) - 1} more" if len(unseen) > 1 else unseen[0]
+    return f"no input of {named} was seen in the calibration, so its channels count as if they were alike"
 
 
 def take_place(module: nn.Module, solved) -> nn.Module:
@@ -437,8 +436,8 @@ class Flow:
         if index + 1 < len(self.stack):
             self.hidden = [self.run(index, hidden) for hidden in self.hidden]
 
-    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One block's output for hidden states (windows, length, width)."""
+    def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
+        """One block's output for hidden states (windows, length, width). ``block``: another one that runs in its place."""
         args, kwargs = self.extra[index]
-        out = self.stack[index](hidden, *args, **kwargs)
+        out = (self.stack[index] if block is None else block)(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

@@ -164,7 +164,7 @@ def block(tiny_lm):
     with torch.inference_mode():
         stack = blocks(tiny_lm.model)
         flow = Flow(tiny_lm.model, stack, calib)
-        yield stack[0], lambda: flow.run(0, flow.few(4))
+        yield stack[0], lambda block=None: flow.run(0, flow.few(4), block)
 
 
 def test_a_fold_leaves_the_block_as_it_is(block):

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Encoded, Format, Params, check_group_size, stored
+from labkit.formats.base import FINE, Encoded, Format, Params, check_group_size, scale_dtype, stored
 from labkit.formats.integer import Quantized
 from labkit.formats.pack import pack
 
@@ -38,10 +38,17 @@ class Affine(Format):
         return (1 << self.bits) - 1
 
     def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0, like: Params | None = None) -> Params:
-        """Scale and minimum of each group, as fp16 stores them: (out, groups, size) -> two of (out, groups)."""
+        """Scale and minimum of each group, as they are stored: (out, groups, size) -> two of (out, groups)."""
         low, high = groups.amin(-1), groups.amax(-1)
         middle, half = (low + high) / 2, (high - low) / 2 * shrink
-        return stored(2 * half / self.top), _half(middle - half)
+        scale = stored(2 * half / self.top)
+        return scale, self.kept(middle - half, scale)
+
+    @staticmethod
+    def kept(minimum: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Minima as they are stored beside these scales, in fp32: in fp16 as well, never infinite, where the scale is."""
+        most = torch.finfo(torch.float16).max
+        return torch.where(scale < FINE, minimum, minimum.clamp(-most, most).to(torch.float16).float())
 
     def quantize(self, x: torch.Tensor, params: Params) -> torch.Tensor:
         scale, minimum = params
@@ -57,7 +64,8 @@ class Affine(Format):
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
         scale, minimum = params
-        return {"scale": scale.to(torch.float16), "minimum": minimum.to(torch.float16)}
+        dtype = scale_dtype(scale)
+        return {"scale": scale.to(dtype), "minimum": minimum.to(dtype)}
 
     def load(self, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> Params:
         return stored["scale"].float(), stored["minimum"].float()
@@ -80,9 +88,3 @@ def integers(weight: Encoded) -> tuple[Quantized, torch.Tensor | None] | None:
     kept, zeros = weight.tensors(), pack(zero.to(torch.uint8), form.bits)
     whole = Quantized(kept["packed"], kept["scale"], zeros, form.bits, form.size(columns), columns)
     return whole, minimum + zero * scale
-
-
-def _half(x: torch.Tensor) -> torch.Tensor:
-    """As fp16 keeps it, in fp32, never infinite."""
-    most = torch.finfo(torch.float16).max
-    return x.clamp(-most, most).to(torch.float16).float()

@@ -170,7 +170,21 @@ def check_group_size(size: int | None) -> None:
         raise ValueError(f"group_size = {size!r} is not allowed: it must be 1 or more, or None (per row).")
 
 
+# The least scale that fp16 holds to within 1 %. It is subnormal: 64 units of 2^-24.
+FINE = 2.0**-18
+
+
 def stored(scale: torch.Tensor) -> torch.Tensor:
-    """A scale as fp16 keeps it, in fp32: never zero (an all-zero group), never infinite."""
+    """A scale as it will be kept, in fp32: fp16's nearest, or below ``FINE`` the scale itself.
+
+    Never zero (an all-zero group), never infinite.
+    """
     half = torch.finfo(torch.float16)
-    return scale.clamp(half.smallest_normal, half.max).to(torch.float16).float()
+    small = scale.clamp(min=torch.finfo(torch.float32).smallest_normal)
+    kept = torch.where(scale < FINE, small, scale.clamp(max=half.max).to(torch.float16).float())
+    return torch.where(scale > 0, kept, half.smallest_normal)
+
+
+def scale_dtype(scale: torch.Tensor) -> torch.dtype:
+    """What the scales of a matrix are stored in: fp16, or fp32 where one of them is below ``FINE``."""
+    return torch.float32 if bool((scale < FINE).any()) else torch.float16

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Encoded, Format, Params, check_group_size, stored
+from labkit.formats.base import Encoded, Format, Params, check_group_size, scale_dtype, stored
 from labkit.formats.pack import pack, unpack
 
 
@@ -25,8 +25,9 @@ from labkit.formats.pack import pack, unpack
 class Quantized(Encoded):
     """A weight matrix encoded as integers.
 
-    ``packed``: uint8 (out, ceil(in * bits / 8)). ``scale``: fp16 (out, groups). ``zero``: uint8, packed at ``bits``,
-    (out, ceil(groups * bits / 8)), or None for symmetric formats, whose zero point is the middle code.
+    ``packed``: uint8 (out, ceil(in * bits / 8)). ``scale``: (out, groups), fp16, or fp32 where weights are very small.
+    ``zero``: uint8, packed at ``bits``, (out, ceil(groups * bits / 8)), or None for symmetric formats, whose zero point is
+    the middle code.
     """
 
     packed: torch.Tensor
@@ -80,7 +81,7 @@ class Integer(Format):
         return (1 << self.bits) - 1
 
     def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0, like: Params | None = None) -> Params:
-        """Scale (as fp16 stores it) and integer zero point of each group: (out, groups, size) -> two of (out, groups)."""
+        """Scale (as it is stored) and integer zero point of each group: (out, groups, size) -> two of (out, groups)."""
         if self.symmetric:  # the largest weight errs by half a step: see the module
             scale = stored(groups.abs().amax(-1) * shrink / (self.top / 2))
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
@@ -111,7 +112,7 @@ class Integer(Format):
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
         scale, zero = params
-        kept = {"scale": scale.to(torch.float16)}
+        kept = {"scale": scale.to(scale_dtype(scale))}
         return kept if self.symmetric else kept | {"zero": pack(zero.to(torch.uint8), self.bits)}
 
     def wrap(self, tensors: dict[str, torch.Tensor], shape: tuple[int, int]) -> Quantized:

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from labkit.formats.base import Params, check_group_size, stored
+from labkit.formats.base import Params, check_group_size, scale_dtype, stored
 from labkit.formats.minifloat import MINIFLOATS, Minifloat
 from labkit.formats.small_floats import SmallFloats
 
@@ -60,9 +60,10 @@ class ScaledFloat(SmallFloats):
         return (self._kept(self._spread(self._tiles(high), len(groups)) / self.element.largest),)
 
     def store(self, params: Params) -> dict[str, torch.Tensor]:
-        """``scale``: (ceil(out / rows), groups), in ``scale_dtype``."""
+        """``scale``: (ceil(out / rows), groups), in ``scale_dtype``; in fp32 where fp16 has none that is small enough."""
         rows = self.rows or len(params[0])
-        return {"scale": params[0][::rows].to(self.scale_dtype).contiguous()}
+        dtype = scale_dtype(params[0]) if self.scale_dtype == torch.float16 else self.scale_dtype
+        return {"scale": params[0][::rows].to(dtype).contiguous()}
 
     def load(self, stored: dict[str, torch.Tensor], shape: tuple[int, int]) -> Params:
         return (self._spread(stored["scale"].float(), shape[0]),)

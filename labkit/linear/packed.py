@@ -11,6 +11,7 @@ from torch import nn
 
 from labkit import formats, identity
 from labkit.linear import matmulnbits, tinygemm
+from labkit.linear.base import StoredLinear
 
 KERNELS = (matmulnbits, tinygemm)
 
@@ -30,7 +31,7 @@ def exact() -> Iterator[None]:
         _exact.reset(token)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredLinear):
     """y = x Wᵀ + b with W as packed codes and what its format stores beside them.
 
     Where a kernel takes the format, it computes everything (outside of :func:`exact`), and it keeps the codes in an
@@ -140,13 +141,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.take_back()  # kernels stay on the device they were built for
-        # .half() is about what the weight becomes, not about scales: those stay as their format stores them.
-        became = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
-        self.dtype = became.dtype
-        super()._apply(lambda t: fn(t) if t.dtype == fn(t).dtype else t.to(became.device), recurse)
-        if self.bias is not None:
-            self.bias.data = self.bias.data.to(self.dtype)
-        return self
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         said = ", ".join(f"{name}={value}" for name, value in self.format.items())

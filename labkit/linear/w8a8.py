@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from labkit.linear.base import StoredLinear
 
-class W8A8Linear(nn.Module):
+
+class W8A8Linear(StoredLinear):
     """y = (round(x / s_x) · W_int8ᵀ) · s_x · s_w + b, the product in whole numbers (``torch._int_mm``).
 
     Weights have one scale per output row. Activations have one per token, found anew at each call ("dynamic"), or one

@@ -61,7 +61,7 @@ class SparseGPT(Pruner):
                 "SparseGPT.repair = True is not allowed with bits: what is rounded cannot be fitted again."
             )
 
-    def apply(self, lm, calib, progress: bool) -> None:
+    def apply(self, lm, calib, progress: bool) -> str | None:
         pattern = parse_pattern(self.pattern)
         form = Integer(self.bits, self.group_size) if self.bits else None
         sparsity = allocated(lm, calib, self, progress)
@@ -74,7 +74,7 @@ class SparseGPT(Pruner):
                 repaired(weight, mask, stats.hessian) if self.repair else pruned, self.pattern, self.container
             )
 
-        walk(lm, calib, "hessian", solve, f"SparseGPT, {self.sparsity:.0%} zeros", progress)
+        return walk(lm, calib, "hessian", solve, f"SparseGPT, {self.sparsity:.0%} zeros", progress)
 
 
 def sparsegpt(

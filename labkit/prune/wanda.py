@@ -31,7 +31,7 @@ class Wanda(Pruner):
     repair: bool = knob(False, help="Fit the kept weights again by least squares (not in the paper).")
     container: str = CONTAINER
 
-    def apply(self, lm, calib, progress: bool) -> None:
+    def apply(self, lm, calib, progress: bool) -> str | None:
         pattern = parse_pattern(self.pattern)
         sparsity = allocated(lm, calib, self, progress)
 
@@ -41,4 +41,4 @@ class Wanda(Pruner):
             return stored(weight, self.pattern, self.container)
 
         statistic = "hessian" if self.repair else "channel_norm"
-        walk(lm, calib, statistic, solve, f"Wanda, {self.sparsity:.0%} zeros", progress)
+        return walk(lm, calib, statistic, solve, f"Wanda, {self.sparsity:.0%} zeros", progress)

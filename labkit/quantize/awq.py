@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from labkit.fold import Fold, folds, head_dim_of
+from labkit.fold import Fold, Places, folds, head_dim_of, in_float32
 from labkit.formats import Encoded, Format
-from labkit.method import Method, knob
+from labkit.method import Method, both, knob
 from labkit.quantize.common import BITS, FORMAT, GROUP_SIZE, SYMMETRIC, format_of, rounded
 from labkit.walk import Flow, Prepare, Stats, set_weight, walk, weight_of
 
@@ -56,25 +56,33 @@ class AWQ(Method):
         WINDOWS, low=1, high=128, stops=(1, 2, 4, 8), help="Calibration windows that the scale search looks at."
     )
 
-    def apply(self, lm, calib, progress: bool) -> None:
-        form = format_of(self)
+    def apply(self, lm, calib, progress: bool) -> str | None:
+        form, places = format_of(self), Places()
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
             if not self.clip or path.endswith(UNCLIPPED):
                 return form.encode(weight)
             return clipped(weight, stats.gram, form)
 
-        prepare = scaling(lm, form, self.windows) if self.scale else None
-        walk(lm, calib, "hessian", solve, f"AWQ to {form.bits} bits", progress, prepare)
+        prepare = scaling(lm, form, self.windows, places) if self.scale else None
+        return both(walk(lm, calib, "hessian", solve, f"AWQ to {form.bits} bits", progress, prepare), places.said())
 
 
-def scaling(lm, form: Format, windows: int) -> Prepare:
-    """What the walk does with each block before its statistics are gathered: find the folds, and apply the best factors."""
+def scaling(lm, form: Format, windows: int, places: Places) -> Prepare:
+    """What the walk does with each block before its statistics are gathered: find the folds, and apply the best factors.
+
+    In 16 bits as well the search is made in fp32, where the losses of neighbouring exponents can be told apart.
+    """
 
     def prepare(block: nn.Module, flow: Flow, index: int) -> None:
-        hidden = flow.few(windows)
-        for fold in folds(block, lambda: flow.run(index, hidden[:1]), head_dim_of(lm)):
-            fold.apply(block, best_factors(block, fold, lambda: flow.run(index, hidden), form).factors)
+        one, hidden, twin = flow.few(1), flow.few(windows), in_float32(block)
+        found = folds(twin, lambda block: flow.run(index, one, block), head_dim_of(lm))
+        places.count(found)
+        for fold in found:
+            factors = best_factors(twin, fold, lambda: flow.run(index, hidden, twin), form).factors
+            fold.apply(block, factors)
+            if twin is not block:
+                fold.apply(twin, factors)
 
     return prepare
 

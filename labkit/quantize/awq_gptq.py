@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from labkit.method import knob
+from labkit.fold import Places
+from labkit.method import both, knob
 from labkit.quantize.awq import WINDOWS, scaling
 from labkit.quantize.common import format_of
 from labkit.quantize.gptq import GPTQ, compress
@@ -30,6 +31,7 @@ class AWQGPTQ(GPTQ):
         True, help="Off: each grid spans the whole range of its group, as in GPTQ. Counts with act_order alone."
     )
 
-    def apply(self, lm, calib, progress: bool) -> None:
-        prepare = scaling(lm, format_of(self), WINDOWS) if self.scale else None
-        compress(self, lm, calib, progress, prepare, self.clip)
+    def apply(self, lm, calib, progress: bool) -> str | None:
+        places = Places()
+        prepare = scaling(lm, format_of(self), WINDOWS, places) if self.scale else None
+        return both(compress(self, lm, calib, progress, prepare, self.clip), places.said())

@@ -15,7 +15,8 @@ class BitsAndBytes(Method):
     """Round with bitsandbytes and compute with its kernels: NF4, FP4, or LLM.int8, which keeps outlier columns apart.
 
     On a GPU these kernels are fast; on a CPU they unpack first and are slow, which is shown as it is. ``labkit.RTN`` with
-    ``format="nf4"`` is our own NF4: its values are the same to the bit.
+    ``format="nf4"`` is our own NF4: its values are the same to the bit, where rows are a multiple of 64 wide. Otherwise the
+    library's blocks run on from one row into the next, and widths at which its kernels are wrong are unpacked by us.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -33,10 +34,18 @@ class BitsAndBytes(Method):
         help="int8: columns with a larger |x| stay in floats; 0 none.",
     )
 
-    def apply(self, lm, calib, progress: bool) -> None:
+    def apply(self, lm, calib, progress: bool) -> str | None:
         library()  # says what to install before any work
 
         def solve(weight, stats, path) -> BnbLinear:
             return BnbLinear.encode(weight, self.type, self.double_quant, self.threshold)
 
         walk(lm, calib, "none", solve, f"bitsandbytes {self.type}", progress)
+        made = [m for m in lm.model.modules() if isinstance(m, BnbLinear)]
+        ours = sorted({m.in_features for m in made if not m.library_computes(m.dtype)})
+        if not ours:
+            return None
+        widths = ", ".join(map(str, ours))
+        return (
+            f"rows of {widths} weights are unpacked by labkit, since bitsandbytes {library().__version__} cannot here"
+        )

@@ -51,12 +51,15 @@ class GPTQ(Method):
     )
     compensate: bool = knob(True, help="Off: no column makes up for another, which leaves plain rounding.")
 
-    def apply(self, lm, calib, progress: bool) -> None:
-        compress(self, lm, calib, progress)
+    def apply(self, lm, calib, progress: bool) -> str | None:
+        return compress(self, lm, calib, progress)
 
 
-def compress(method: GPTQ, lm, calib, progress: bool, prepare: Prepare | None = None, clip: bool = False) -> None:
-    """Round every linear of ``lm`` as the knobs of ``method`` say; ``prepare`` and ``clip`` as in ``walk`` and :func:`gptq`."""
+def compress(method: GPTQ, lm, calib, progress: bool, prepare: Prepare | None = None, clip: bool = False) -> str | None:
+    """Round every linear of ``lm`` as the knobs of ``method`` say; ``prepare`` and ``clip`` as in ``walk`` and :func:`gptq`.
+
+    Returns what the walk says.
+    """
     form = format_of(method)
 
     def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
@@ -64,7 +67,7 @@ def compress(method: GPTQ, lm, calib, progress: bool, prepare: Prepare | None = 
             return clipped(weight, stats.gram, form) if clip else form.encode(weight)
         return gptq(weight, stats, form, method.act_order, method.damp, clip)
 
-    walk(lm, calib, "hessian", solve, f"{type(method).__name__} to {form.bits} bits", progress, prepare)
+    return walk(lm, calib, "hessian", solve, f"{type(method).__name__} to {form.bits} bits", progress, prepare)
 
 
 def gptq(

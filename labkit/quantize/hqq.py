@@ -72,7 +72,7 @@ def hqq(weight: torch.Tensor, form: Affine, steps: int = 20, beta: float = BETA)
             break
         least, best = now, minimum
         minimum = (groups - shrunk(error, beta) - codes * scale[..., None]).mean(-1)
-        minimum = minimum.half().float()  # as it will be stored
+        minimum = form.kept(minimum, scale)
         beta *= KAPPA
     codes = form.quantize(groups, (scale, best)).view(len(weight), -1)[:, : weight.shape[1]]
     return form.assemble(codes, (scale, best))

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from labkit.fold import Places
 from labkit.formats import Encoded, Integer
-from labkit.method import Method, knob
+from labkit.method import Method, both, knob
 from labkit.probe import Probe
 from labkit.progress import track
 from labkit.quantize.awq import WINDOWS, scaling
@@ -52,7 +53,7 @@ class MixedPrecision(Method):
         help="Calibration windows on which each layer is tried alone, 256 tokens of each.",
     )
 
-    def apply(self, lm, calib, progress: bool) -> None:
+    def apply(self, lm, calib, progress: bool) -> str | None:
         for block in blocks_of(lm.model):
             unpack(block)
         damage, errors, sizes = sensitivity(lm, calib[: self.probe, :PROBE_TOKENS], self.group_size, progress)
@@ -61,8 +62,10 @@ class MixedPrecision(Method):
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> Encoded:
             return gptq(weight, stats, Integer(width[path], self.group_size), clip=True)
 
-        prepare = scaling(lm, Integer(middle_width(self.bits), self.group_size), WINDOWS)
-        walk(lm, calib, "hessian", solve, f"AWQGPTQ to {self.bits:g} bits on average", progress, prepare)
+        places = Places()
+        prepare = scaling(lm, Integer(middle_width(self.bits), self.group_size), WINDOWS, places)
+        what = f"AWQGPTQ to {self.bits:g} bits on average"
+        return both(walk(lm, calib, "hessian", solve, what, progress, prepare), places.said())
 
 
 def middle_width(bits: float) -> int:

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from labkit.fold import folds, head_dim_of
+from labkit.fold import Places, folds, head_dim_of
 from labkit.linear import W8A8Linear
-from labkit.method import Method, knob
-from labkit.walk import Flow, Stats, walk, weight_of
+from labkit.method import Method, both, knob
+from labkit.walk import Flow, Stats, is_linear, walk, weight_of
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,33 @@ class SmoothQuant(Method):
     )
     smooth: bool = knob(True, help="Off: activations are rounded as they are (plain W8A8).")
 
-    def apply(self, lm, calib, progress: bool) -> None:
+    def apply(self, lm, calib, progress: bool) -> str | None:
+        places = Places("smoothed")
+
         def prepare(block: nn.Module, flow: Flow, index: int) -> None:
-            stats = flow.gather(index, "channel_max")
-            for fold in folds(block, lambda: flow.run(index, flow.few(1)), head_dim_of(lm)):
-                if not isinstance(block.get_submodule(fold.source), nn.Linear):  # norms only, as in the paper
-                    readers = [weight_of(block.get_submodule(name)) for name in fold.readers]
-                    fold.apply(block, smoothing(stats[fold.readers[0]].peak, readers, self.alpha))
+            stats, hidden = flow.gather(index, "channel_max"), flow.few(1)
+            found = folds(block, lambda block: flow.run(index, hidden, block), head_dim_of(lm))
+            norms = [f for f in found if not is_linear(block.get_submodule(f.source))]  # no others, as in the paper
+            places.count(norms)
+            for fold in norms:
+                readers = [weight_of(block.get_submodule(name)) for name in fold.readers]
+                fold.apply(block, smoothing(stats[fold.readers[0]].peak, readers, self.alpha))
 
         def solve(weight: torch.Tensor, stats: Stats, path: str) -> nn.Module:
             known = self.activations == "static" and stats.count  # an input never seen has no range: a scale per token
             static = stats.peak.max() / 127 if known else None
             return W8A8Linear(weight, activation_scale=static)
 
-        walk(lm, calib, "channel_max", solve, "SmoothQuant", progress, prepare if self.smooth else None)
+        prepare = prepare if self.smooth else None
+        return both(walk(lm, calib, "channel_max", solve, "SmoothQuant", progress, prepare), places.said())
 
 
 def smoothing(peak: torch.Tensor, readers: list[torch.Tensor], alpha: float) -> torch.Tensor:
-    """s (in,) from the channels' largest activations (in,) and the weights (out, in) that read them. Dead channels: 1."""
+    """s (in,) from the channels' largest activations (in,) and the weights (out, in) that read them. Dead channels: 1.
+
+    Columns of zeros count as a hundred-thousandth of the largest weight.
+    """
     largest = torch.stack([w.float().abs().amax(0) for w in readers]).amax(0)
-    s = peak.pow(alpha) / largest.clamp(min=1e-5).pow(1 - alpha)
+    floor = max(1e-5 * largest.max().item(), torch.finfo(torch.float32).tiny)
+    s = peak.pow(alpha) / largest.clamp(min=floor).pow(1 - alpha)
     return torch.where(peak > 0, s.clamp(min=1e-5), 1.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from labkit.linear.base import StoredLinear
 from labkit.linear.packed import _exact
 from labkit.linear.sparse.base import Sparse
 
 ROWS = 64  # with more rows of x than this the matrix is made dense once, and multiplied as such
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(StoredLinear):
     """y = x Wᵀ + b with W in a container: a bitmask, N:M, CSR, dense with zeros, or pruned and quantized.
 
     A few rows of x, as in decoding, run on the container's own product. Many rows, as when a prompt is read, and all
@@ -97,15 +98,6 @@ class SparseLinear(nn.Module):
             layer.register_buffer(name, torch.empty(0))
         layer.bias = nn.Parameter(torch.empty(0), requires_grad=False) if spec["bias"] else None
         return layer
-
-    def _apply(self, fn, recurse=True):
-        # .half() is about what the weight becomes: scales stay as they are stored, and values are only ever narrowed.
-        became = fn(torch.empty(0, dtype=self.dtype, device=getattr(self, self._names[0]).device))
-        super()._apply(lambda t: fn(t) if t.dtype == fn(t).dtype else t.to(became.device), recurse)
-        self.dtype = became.dtype
-        if self.bias is not None:
-            self.bias.data = self.bias.data.to(self.dtype)
-        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._product = None  # it knows where the rows of the old values begin

@@ -23,7 +23,7 @@ class SparseQuantized(Sparse):
     """Integer codes of the kept weights.
 
     ``where``: the bitmask's mask or the positions of N:M, uint8. ``codes``: uint8, packed at ``form.bits``: (1, bytes) for
-    a bitmask, (out, bytes) for N:M. ``scale``: fp16 (out, groups). ``zero``: as :class:`labkit.formats.Quantized` has it,
+    a bitmask, (out, bytes) for N:M. ``scale``: (out, groups). ``zero``: as :class:`labkit.formats.Quantized` has it,
     None where every zero point is the middle code. Groups are of ``form.group_size`` dense columns.
     """
 

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from labkit.fold import in_float32
 from labkit.formats import Integer
 from labkit.linear import exact
 from labkit.quantize.awq import WINDOWS, Search, best_factors
@@ -38,12 +39,13 @@ class Curves:
     @torch.no_grad()
     def _search(self, block: int, bits: int) -> dict[str, Search]:
         """By the layers that read the scaled input: "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"."""
-        form, module = Integer(bits, GROUP), self.inputs.stack[block]
+        form, module = Integer(bits, GROUP), in_float32(self.inputs.stack[block])
         with self.inputs.lock:
-            return {
-                ", ".join(fold.readers): best_factors(module, fold, lambda: self.inputs.run(block, self.windows), form)
-                for fold in self.inputs.folds(block)
-            }
+
+            def run() -> torch.Tensor:
+                return self.inputs.run(block, self.windows, module)
+
+            return {", ".join(fold.readers): best_factors(module, fold, run, form) for fold in self.inputs.folds(block)}
 
     def view(self, block: int, bits: int):
         """The curves of one block, as shares of the error at exponent 0, which is plain rounding; and what they say."""

@@ -176,7 +176,7 @@ def with_outlier(lm, factor: float = OUTLIER, count: int | None = None):
     stack = blocks(odd.model)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     flow = Flow(odd.model, stack, torch.arange(32, device=lm.device)[None] * 7 % vocabulary)
-    found = folds(stack[0], lambda: flow.run(0, flow.hidden[0]), head_dim_of(lm))
+    found = folds(stack[0], lambda block: flow.run(0, flow.hidden[0], block), head_dim_of(lm))
     for block in stack[:count]:
         for fold in found:
             source = block.get_submodule(fold.source)

@@ -6,6 +6,7 @@ import functools
 import threading
 
 import torch
+from torch import nn
 
 from labkit.fold import Fold, folds, head_dim_of
 from labkit.linear import exact
@@ -40,10 +41,10 @@ class Inputs:
 
     @exact()
     @torch.no_grad()
-    def run(self, block: int, windows: int | None = None) -> torch.Tensor:
-        """One block's output (windows, length, width), for the first windows or for all."""
+    def run(self, block: int, windows: int | None = None, module: nn.Module | None = None) -> torch.Tensor:
+        """One block's output (windows, length, width), for the first windows or for all. ``module``: runs in its place."""
         self.flow.hidden = self._hidden[block]
-        return self.flow.run(block, self.flow.few(windows))
+        return self.flow.run(block, self.flow.few(windows), module)
 
     def of(self, block: int, kind: str) -> torch.Tensor:
         """The layer's input, fp32 (tokens, in)."""
@@ -67,4 +68,4 @@ class Inputs:
     def _folds(self, block: int) -> list[Fold]:
         """Where factors can be folded in this block."""
         with self.lock:
-            return folds(self.stack[block], lambda: self.run(block, 1), head_dim_of(self.lm))
+            return folds(self.stack[block], lambda module: self.run(block, 1, module), head_dim_of(self.lm))
