@@ -212,7 +212,9 @@ def test_generate_is_the_models_own_greedy_text_and_stops_where_it_ends(tiny_lm)
     compiled = compile(tiny_lm, **DENSE)
     assert compiled.generate("hello", 24) == expected
     stream = list(compiled.stream("hello", 24))
-    compiled.ends = {stream[3]}
+    tiny_lm.model.generation_config.eos_token_id = stream[3]
+    assert list(compiled.stream("hello", 24)) == stream, "its settings are those of when it was compiled"
+    compiled = compile(tiny_lm, **DENSE)
     assert list(compiled.stream("hello", 24)) == stream[: stream.index(stream[3]) + 1]
 
 
