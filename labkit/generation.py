@@ -12,6 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
+from labkit.method import brief
+
+# What changes which tokens a greedy answer has, besides its ends -> the value that changes nothing.
+APPLIED = {
+    "sequence_bias": None,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "stop_strings": None,
+}
 # What would not be a greedy answer any more, or not the same one twice -> the value that leaves it one.
 UNAPPLIED = {
     "num_beams": 1,
@@ -41,17 +59,21 @@ class Settings:
         return cls(config, frozenset(_listed(getattr(config, "eos_token_id", None))))
 
     @property
-    def unapplied(self) -> tuple[str, ...]:
-        """Names of the settings that no greedy answer here follows."""
-        return tuple(name for name, neutral in UNAPPLIED.items() if self._get(name) not in (None, neutral))
+    def applied(self) -> dict:
+        """The settings that greedy answers here follow, besides the ends: name -> value."""
+        return self._set(APPLIED)
+
+    @property
+    def unapplied(self) -> dict:
+        """The settings that no greedy answer here follows: name -> value."""
+        return self._set(UNAPPLIED)
 
     @property
     def note(self) -> str | None:
         """What the generation_config asks for and is not done, in a sentence."""
         if not self.unapplied:
             return None
-        said = ", ".join(f"{name} = {self._get(name)}" for name in self.unapplied)
-        return f"Answers here are greedy: {said} of the model's generation_config {_is(self.unapplied)} not applied."
+        return f"Answers here are greedy: the model's generation_config also sets {told(self.unapplied)}, not applied."
 
     @property
     def neutral(self) -> dict:
@@ -66,32 +88,38 @@ class Settings:
         """What changes the scores (1, vocabulary) of each next token after a prompt of so many: a LogitsProcessorList."""
         import transformers as t
 
-        get, ends, found = self._get, sorted(self.ends), t.LogitsProcessorList()
-        if get("sequence_bias"):
-            found.append(t.SequenceBiasLogitsProcessor(get("sequence_bias")))
-        if get("repetition_penalty") not in (None, 1):
-            found.append(t.RepetitionPenaltyLogitsProcessor(float(get("repetition_penalty"))))
-        if get("no_repeat_ngram_size"):
-            found.append(t.NoRepeatNGramLogitsProcessor(get("no_repeat_ngram_size")))
-        if get("bad_words_ids"):
-            found.append(t.NoBadWordsLogitsProcessor(get("bad_words_ids"), ends or None))
-        least = get("min_length") if get("min_new_tokens") is None else prompt + get("min_new_tokens")
+        asked, ends, found = self.applied, sorted(self.ends), t.LogitsProcessorList()
+        if "sequence_bias" in asked:
+            found.append(t.SequenceBiasLogitsProcessor(asked["sequence_bias"]))
+        if "repetition_penalty" in asked:
+            found.append(t.RepetitionPenaltyLogitsProcessor(float(asked["repetition_penalty"])))
+        if "no_repeat_ngram_size" in asked:
+            found.append(t.NoRepeatNGramLogitsProcessor(asked["no_repeat_ngram_size"]))
+        if "bad_words_ids" in asked:
+            found.append(t.NoBadWordsLogitsProcessor(asked["bad_words_ids"], ends or None))
+        least = (
+            asked.get("min_length", 0) if self._get("min_new_tokens") is None else prompt + self._get("min_new_tokens")
+        )
         if least and ends:
-            found.append(t.MinLengthLogitsProcessor(least, ends, device=device))
-        if get("forced_bos_token_id") is not None:
-            found.append(t.ForcedBOSTokenLogitsProcessor(get("forced_bos_token_id")))
-        if get("forced_eos_token_id") is not None:
-            found.append(t.ForcedEOSTokenLogitsProcessor(prompt + max_new_tokens, get("forced_eos_token_id"), device))
-        if get("remove_invalid_values"):
+            found.append(t.MinLengthLogitsProcessor(least, ends, device))
+        if "forced_bos_token_id" in asked:
+            found.append(t.ForcedBOSTokenLogitsProcessor(asked["forced_bos_token_id"]))
+        if "forced_eos_token_id" in asked:
+            found.append(t.ForcedEOSTokenLogitsProcessor(prompt + max_new_tokens, asked["forced_eos_token_id"], device))
+        if "remove_invalid_values" in asked:
             found.append(t.InfNanRemoveLogitsProcessor())
-        if get("exponential_decay_length_penalty") is not None and ends:
-            found.append(t.ExponentialDecayLengthPenalty(get("exponential_decay_length_penalty"), ends, prompt))
-        if get("suppress_tokens"):
-            found.append(t.SuppressTokensLogitsProcessor(get("suppress_tokens"), device))
-        if get("begin_suppress_tokens"):
-            begin = prompt + (prompt == 1 and get("forced_bos_token_id") is not None)
-            found.append(t.SuppressTokensAtBeginLogitsProcessor(get("begin_suppress_tokens"), begin, device))
+        if "exponential_decay_length_penalty" in asked and ends:
+            found.append(t.ExponentialDecayLengthPenalty(asked["exponential_decay_length_penalty"], ends, prompt))
+        if "suppress_tokens" in asked:
+            found.append(t.SuppressTokensLogitsProcessor(asked["suppress_tokens"], device))
+        if "begin_suppress_tokens" in asked:
+            begin = prompt + (prompt == 1 and "forced_bos_token_id" in asked)
+            found.append(t.SuppressTokensAtBeginLogitsProcessor(asked["begin_suppress_tokens"], begin, device))
         return found
+
+    def _set(self, neutral: dict) -> dict:
+        found = {name: self._get(name) for name in neutral}
+        return {name: value for name, value in found.items() if value not in (None, [], neutral[name])}
 
     def _get(self, name: str):
         return getattr(self.config, name, None)
@@ -128,13 +156,14 @@ class Greedy:
         return token
 
 
+def told(settings: dict) -> str:
+    """Settings in words, long values cut short."""
+    return ", ".join(f"{name} = {brief(value)}" for name, value in settings.items())
+
+
 def _listed(value) -> list:
     """A setting that is one value, several, or nothing (a tensor of them too), as a list."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
-def _is(names) -> str:
-    return "are" if len(names) > 1 else "is"

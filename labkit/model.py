@@ -72,9 +72,7 @@ class LanguageModel:
         if settings.stop_strings:
             how["tokenizer"] = self.tokenizer
         with torch.inference_mode():
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how
-            )
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     def copy(self) -> LanguageModel:

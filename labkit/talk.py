@@ -67,16 +67,25 @@ def fastest(lm, kv_bits: int | None = None):
     return compiled(lm, kv_bits)[0] or lm
 
 
+STATES = ("past_key_values", "cache_params")  # what transformers calls that which a model keeps of the text it has read
+
+
 @torch.inference_mode()
 def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator[int]:
-    ids, cache = lm.encode(prompt), None
+    ids = lm.encode(prompt)
     if ids.shape[1] == 0:
         raise ValueError("The prompt is empty: at least one token is needed to continue.")
     greedy = Greedy(settings, ids, max_new_tokens, lm.tokenizer)
+    read, how = ids, {"use_cache": True, "logits_to_keep": 1}
     for _ in range(max_new_tokens):
-        out = lm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = lm.model(read, **how)
         token = greedy(out.logits[:, -1])
         yield token
         if greedy.over:
             return
-        cache, ids = out.past_key_values, ids.new_tensor([[token]])
+        read = ids.new_tensor([[token]])
+        if state := next((name for name in STATES if getattr(out, name, None) is not None), None):
+            how[state] = out[state]
+        else:  # it keeps its state out of sight (RecurrentGemma), so it reads the whole text again
+            read = ids = torch.cat([ids, read], 1)
+            how["use_cache"] = False

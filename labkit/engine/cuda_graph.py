@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from transformers import StaticCache
 
-from labkit.engine.families import NotCompilable, fixed_rotary
+from labkit.engine.families import NotCompilable, fixed_rotary, plain_cache
 from labkit.engine.session import encoded
 from labkit.generation import Greedy, Settings
 from labkit.measure.memory import held
@@ -35,19 +35,34 @@ class GraphedModel:
         self.threads = torch.get_num_threads()
         self.settings = Settings.of(lm.model)
         self.notes = (self.settings.note,) if self.settings.note else ()
+        plain_cache(lm.model)
         fixed_rotary(lm.model)
         self.cache = _fixed_cache(lm.model, self.context)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
         self.graph, self._text, self._owner = None, 0, None
-        try:
-            self.prefill(self.token)
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise NotCompilable(f"It does not run on a cache of fixed size ({error})") from error
+        self._check()
         if lm.device.type == "cuda":
             self._record()
         self.rewind(0)
         self.nbytes, self.parts = lm.nbytes, _parts(lm)
         self.seconds = time.perf_counter() - started
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Masks that are counted from the end of the cache, and what else goes wrong on a cache with room, show at once."""
+        count = min(4, self.context)
+        ids = torch.arange(count, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
+        expected = self.model(ids, use_cache=False).logits[:, -1].float()
+        try:
+            found = self.prefill(ids[:, : max(1, count - 1)]).float()
+            if count > 1:
+                found = self.decode(int(ids[0, -1])).float()
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotCompilable(f"It does not run on a cache of fixed size ({error})") from error
+        if not (found - expected).norm() <= 0.1 * expected.norm():
+            raise NotCompilable("On a cache of fixed size it computes something else")
 
     @torch.inference_mode()
     def _record(self) -> None:

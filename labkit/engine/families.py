@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from labkit import cache
 from labkit.walk import blocks, is_linear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 GATES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu", "GELU": "gelu"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-
-HEAD = 16  # its rotary positions want heads of a multiple of 16 channels (all from 2 to 512 tried, onnxruntime 1.32)
+HEAD = 16  # onnxruntime's attention turns heads of a multiple of 16 channels (widths from 2 to 512 tried with its 1.32)
 
 
 class NotCompilable(ValueError):
@@ -72,6 +72,7 @@ def read(model) -> Decoder:
     family = getattr(model.config, "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise NotCompilable(f"{type(model).__name__} is not of the {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]} family")
+    plain_cache(model)
     _untouched(model)
     base, head = model.base_model, model.get_output_embeddings()
     fixed_rotary(model)
@@ -103,6 +104,13 @@ def fixed_rotary(model) -> None:
     for kind in {p.get("rope_type", "default") for p in every}:
         if "dynamic" in kind or kind == "longrope":
             raise NotCompilable(f"Its rotary embedding ({kind}) changes with the length of the text")
+
+
+def plain_cache(model) -> None:
+    """A graph keeps every token: it has no place for methods that evict or round what is in the cache."""
+    if methods := cache.methods_of(model):
+        names = " and ".join(type(m).__name__ for m in methods)
+        raise NotCompilable(f"{names} hooked into its cache, and a graph's cache keeps every token")
 
 
 def _untouched(model) -> None:

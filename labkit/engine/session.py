@@ -333,10 +333,23 @@ class _Run:
         return torch.from_numpy(self.out)[:, 0]
 
 
-def _open(path: Path, threads: int):
+def try_out(path: Path) -> None:
+    """Run one token through a graph with onnxruntime-genai's names; :class:`NotCompilable` where that cannot be done."""
+    with refused():
+        session = _open(path, 1, **{"session.disable_prepacking": "1"})  # weights stay in their file, mapped
+        feeds = {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+        for place in session.get_inputs():
+            if place.name not in feeds:  # the cache, empty
+                feeds[place.name] = np.zeros((1, place.shape[1], 0, place.shape[3]), np.float32)
+        session.run(["logits"], feeds)
+
+
+def _open(path: Path, threads: int, **entries: str):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what goes wrong is raised, it need not be printed as well
     options.enable_cpu_mem_arena = False
