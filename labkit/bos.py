@@ -10,8 +10,8 @@ from __future__ import annotations
 def beginning(tokenizer) -> list[int]:
     """Ids of the special tokens that a tokenizer puts before a text by itself; [] where it puts none."""
     whole, own = list(tokenizer("a").input_ids), ids_of(tokenizer, "a")
-    starts = (i for i in range(len(whole)) if whole[i : i + len(own)] == own)
-    return whole[: next(starts, 0)]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(own)] == own]
+    return whole[: max(starts, default=0)]
 
 
 def encode(tokenizer, text: str) -> list[int]:

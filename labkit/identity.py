@@ -116,14 +116,17 @@ def _settings(model) -> dict:
         return {}
     ours, default = config.to_dict(), _default(config)
     common = {own: name for name, own in getattr(config, "attribute_map", {}).items()}  # GPT-2's n_embd: hidden_size
-    stretched = (ours.get("rope_parameters") or {}).get("rope_type", "default") != "default"
     found = {}
     for name, value in ours.items():
-        if name not in default or _plain(value) == _plain(default[name]):
-            continue
-        name = common.get(name, name)
-        if not _elsewhere(name) or (name == "max_position_embeddings" and stretched):
-            found[name] = _plain(value)
+        other = name in default and _plain(value) != _plain(default[name])
+        if other and not _elsewhere(common.get(name, name)):
+            found[common.get(name, name)] = _plain(value)
+    rotary = ours.get("rope_parameters") or {}  # for all layers, or by kind of layer
+    kinds = {p.get("rope_type", "default") for p in (rotary, *rotary.values()) if isinstance(p, dict)}
+    if kinds != {"default"}:
+        found["max_position_embeddings"] = _plain(
+            getattr(config, "max_position_embeddings", None)
+        )  # what stretches them
     return found
 
 
