@@ -85,6 +85,7 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
 
 def _beginning(lm, length: int) -> torch.Tensor:
     """What the tokenizer puts before a text, LongTensor (tokens,); ValueError for windows that it would fill."""
+    check_model(lm, "tokenizer")
     begin = bos.beginning(lm.tokenizer)
     if length <= len(begin):
         raise ValueError(
