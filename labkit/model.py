@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from labkit import cache, embedded, identity
+from labkit import bos, cache, embedded, identity
 from labkit._files import whole_folder
 from labkit._share import address, twin
 from labkit.coverage import Coverage, percent
+from labkit.generation import Settings
 from labkit.method import brief, methods
 
+GENERATION = "generation_config.json"  # transformers' name for it: ends, penalties
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
 
 
@@ -47,23 +50,29 @@ class LanguageModel:
         return identity.fingerprint(self.model)
 
     def encode(self, text: str) -> torch.Tensor:
-        """Token ids of a text, LongTensor (1, tokens), without special tokens."""
+        """Token ids of a text, LongTensor (1, tokens). No special token is added, but the BOS of a tokenizer that puts one
+        before every text by itself (Gemma, Llama 3, …): it stands there once. An empty text has no tokens."""
         if not isinstance(text, str):
             raise ValueError(f"text = {brief(text)} is not allowed: it must be a string.")
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(self.device)
+        return torch.tensor([bos.encode(self.tokenizer, text)], dtype=torch.long, device=self.device)
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
-        """The greedy continuation of a prompt, without the prompt."""
+        """The greedy continuation of a prompt, without the prompt: it ends where the model's generation_config says, and
+        follows the penalties there. What would not be greedy (beams, …) is left out, with a warning that names it."""
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             shown = brief(max_new_tokens)
             raise ValueError(f"max_new_tokens = {shown} is not allowed: it must be a whole number, 1 or more.")
         ids = self.encode(prompt)
         if ids.shape[1] == 0:
             raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
+        settings = Settings.of(self.model)
+        if settings.note:
+            warnings.warn(settings.note, stacklevel=2)
+        how = {"do_sample": False, "return_dict_in_generate": False} | settings.neutral
+        if settings.stop_strings:
+            how["tokenizer"] = self.tokenizer
         with torch.inference_mode():
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-            )
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     def copy(self) -> LanguageModel:
@@ -83,8 +92,9 @@ class LanguageModel:
             tensors, shared = _unshare(self.model.state_dict())
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
             self.model.config.save_pretrained(scratch)
-            if getattr(self.model, "generation_config", None) is not None:
-                self.model.generation_config.save_pretrained(scratch)
+            if (generation := getattr(self.model, "generation_config", None)) is not None:
+                # Not save_pretrained, which refuses what transformers itself would only warn of.
+                generation.to_json_file(scratch / GENERATION, keys_to_pop=["compile_config"])
             self.tokenizer.save_pretrained(scratch)
             packed = {n: m.spec() for n, m in self.model.named_modules() if hasattr(m, "spec")}
             described = {"name": self.name, "history": self.history, "packed": packed, "shared": shared}
@@ -231,6 +241,9 @@ def _load_saved(folder: Path) -> LanguageModel:
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
         if getattr(config, "tie_word_embeddings", False):
             model.tie_weights()
+        if (folder / GENERATION).is_file():
+            said = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+            model.generation_config = transformers.GenerationConfig.from_dict(said)
         for method, values in manifest.get("cache", []):
             cache.install(model, methods()[method](**values))
         coverage = Coverage(**manifest.get("coverage", {}))

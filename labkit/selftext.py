@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import paths
+from labkit import bos, paths
 from labkit._files import whole_file
 from labkit.progress import track
 
@@ -72,12 +72,18 @@ def self_samples(lm, windows: int, length: int, seed: int = 0, progress: bool = 
 def write(lm, windows: int, length: int, batch: int = 32, seed: int = 0, progress: bool = True) -> torch.Tensor:
     """Let the model write; the end-of-text token is never chosen, so that every window is full."""
     draw = torch.Generator().manual_seed(seed)
-    starts = [int(lm.encode(STARTERS[i % len(STARTERS)])[0, 0]) for i in range(windows)]
+    words = (STARTERS[i % len(STARTERS)] for i in range(windows))
+    begin = bos.beginning(lm.tokenizer)
+    starts = [begin + bos.ids_of(lm.tokenizer, word)[:1] for word in words]
+    if length < len(starts[0]):
+        raise ValueError(
+            f"length = {length} is not allowed: what this model writes begins with {len(starts[0])} tokens."
+        )
     barred = [t for t in lm.tokenizer.all_special_ids if t is not None]
     done = []
     for group in torch.tensor(starts, device=lm.device).split(batch):
-        ids, cache = group[:, None], None
-        for _ in track(range(length - 1), "the model writes its calibration text", progress):
+        ids, cache = group, None
+        for _ in track(range(length - ids.shape[1]), "the model writes its calibration text", progress):
             out = lm.model(ids[:, -1:] if cache is not None else ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
@@ -103,13 +109,16 @@ def _places(lm) -> list[Path]:
 
 
 def stored(lm, windows: int, length: int) -> torch.Tensor | None:
-    """What this model has written before, at least (windows, length), or None: then :func:`self_samples` takes minutes."""
+    """What this model has written before, at least (windows, length) and begun as its texts begin now, or None: then
+    :func:`self_samples` takes minutes."""
     from safetensors.torch import load_file
 
+    begin = torch.tensor(bos.beginning(lm.tokenizer))
     for path in _places(lm):
         if path.is_file():
             ids = load_file(path)["ids"]
-            if ids.shape[0] >= windows and ids.shape[1] >= length:
+            large = ids.shape[0] >= windows and ids.shape[1] >= length
+            if large and (ids[:, : len(begin)] == begin).all():
                 return ids
     return None
 

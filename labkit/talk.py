@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 
 import torch
 
+from labkit.generation import Greedy, Settings
+
 
 class Talk:
     """An answer under way: iterate over it for pieces of text; then ``tokens`` and ``rate`` (tokens per second).
+
+    The tokens are those of ``lm.generate``: greedy, with the ends and penalties of the model's generation_config.
 
     >>> for piece in Talk(lm, "The capital of France is"): print(piece, end="")
     """
@@ -26,6 +31,9 @@ class Talk:
             turn = [{"role": "user", "content": prompt}]
             prompt = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         self.model, self.prompt, self.max_new_tokens = lm, prompt, max_new_tokens
+        self.settings = lm.settings if hasattr(lm, "settings") else Settings.of(lm.model)
+        if self.settings.note:
+            warnings.warn(self.settings.note, stacklevel=2)
         self.tokens, self.seconds, self.text = 0, 0.0, ""
 
     @property
@@ -35,13 +43,10 @@ class Talk:
 
     def __iter__(self) -> Iterator[str]:
         ids, start = [], 0.0
-        ends = set(self.model.tokenizer.all_special_ids)
         for token in self._stream():
             now = time.perf_counter()
             start = start or now
             self.tokens, self.seconds = self.tokens + 1, now - start
-            if token in ends:
-                return
             ids.append(token)
             text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # half a character: the next token completes it
@@ -52,7 +57,7 @@ class Talk:
         if hasattr(self.model, "stream"):
             yield from self.model.stream(self.prompt, self.max_new_tokens)
         else:
-            yield from _eager(self.model, self.prompt, self.max_new_tokens)
+            yield from _eager(self.model, self.prompt, self.max_new_tokens, self.settings)
 
 
 def fastest(lm, kv_bits: int | None = None):
@@ -62,12 +67,25 @@ def fastest(lm, kv_bits: int | None = None):
     return compiled(lm, kv_bits)[0] or lm
 
 
+STATES = ("past_key_values", "cache_params")  # what transformers calls that which a model keeps of the text it has read
+
+
 @torch.inference_mode()
-def _eager(lm, prompt: str, max_new_tokens: int) -> Iterator[int]:
-    ids, cache = lm.encode(prompt), None
+def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator[int]:
+    ids = lm.encode(prompt)
     if ids.shape[1] == 0:
         raise ValueError("The prompt is empty: at least one token is needed to continue.")
+    greedy = Greedy(settings, ids, max_new_tokens, lm.tokenizer)
+    read, how = ids, {"use_cache": True, "logits_to_keep": 1}
     for _ in range(max_new_tokens):
-        out = lm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        yield int(ids)
+        out = lm.model(read, **how)
+        token = greedy(out.logits[:, -1])
+        yield token
+        if greedy.over:
+            return
+        read = ids.new_tensor([[token]])
+        if state := next((name for name in STATES if getattr(out, name, None) is not None), None):
+            how[state] = out[state]
+        else:  # it keeps its state out of sight (RecurrentGemma), so it reads the whole text again
+            read = ids = torch.cat([ids, read], 1)
+            how["use_cache"] = False

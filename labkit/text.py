@@ -1,6 +1,7 @@
 """Text: two evaluation corpora, calibration windows disjoint from both, and fingerprints of token ids.
 
-Convention: windows do not overlap, no BOS is prepended, and a window's first token is context only.
+Convention: windows do not overlap, and a window's first token is context only. No BOS is prepended, unless the model's
+own tokenizer puts one before every text (Gemma, Llama 3, …): then each window begins with it, and is as long as ever.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import shipped
+from labkit import bos, shipped
 from labkit.method import brief, check_model
 from labkit.progress import track
 
@@ -24,6 +25,7 @@ CALIBRATION_SHARE = 0.6  # of the manual; the rest, its last part, is for evalua
 def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Tensor:
     """Evaluation windows, LongTensor (windows, length), spread evenly over the text: neighbours would be alike.
 
+    Where the tokenizer puts a BOS before every text by itself, each window begins with it and has one token of text less.
     ``source``: "manual" (the default: the last part of the manual of Python 3.11.7), "prose" (essays written for this project),
     "wikitext2" or "c4" (through the hub), or the path of a text file. Disjoint from every calibration.
     """
@@ -34,11 +36,13 @@ def evaluation(lm, windows: int = 8, length: int = 512, source=None) -> torch.Te
         ids = ids[int(len(ids) * CALIBRATION_SHARE) :]
     else:
         ids = _encode(lm, _read(source))
-    return _cut(ids, windows, length, str(source))
+    check_size(windows, length)
+    begin = _beginning(lm, length)
+    return _begun(begin, _cut(ids, windows, length - len(begin), str(source)))
 
 
 def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source="mixed", progress: bool = True):
-    """Calibration windows, LongTensor (windows, length).
+    """Calibration windows, LongTensor (windows, length); with a BOS as :func:`evaluation` has it.
 
     ``source``: "manual" (the manual's first part), "self" (what the model itself writes), "mixed" (half and half, the
     default: the manual alone over-fits), a corpus, or the path of a text file. ``seed`` picks which windows.
@@ -61,20 +65,38 @@ def calibration(lm, windows: int = 32, length: int = 512, seed: int = 0, source=
         from labkit.selftext import self_samples
 
         return self_samples(lm, windows, length, seed, progress)
+    begin = _beginning(lm, length)
+    room = length - len(begin)
     if source == "manual":
         ids = _manual(lm)
         split = int(len(ids) * CALIBRATION_SHARE)
-        available = _unseen(ids[:split], ids[split:], length)
+        available = _unseen(ids[:split], ids[split:], room)
     else:
         ids = _encode(lm, _read(source))
-        available = ids[: len(ids) // length * length].view(-1, length)
+        available = ids[: len(ids) // room * room].view(-1, room)
     if len(available) < windows:
         raise ValueError(
             f"{source!r} has {len(available)} windows of {length} tokens, but {windows} were asked for: "
             "ask for fewer or shorter windows, or name a longer text."
         )
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:windows]
-    return available[order]
+    return _begun(begin, available[order])
+
+
+def _beginning(lm, length: int) -> torch.Tensor:
+    """What the tokenizer puts before a text, LongTensor (tokens,); ValueError for windows that it would fill."""
+    check_model(lm, "tokenizer")
+    begin = bos.beginning(lm.tokenizer)
+    if length <= len(begin):
+        raise ValueError(
+            f"length = {length} is not allowed: each window begins with {len(begin)} special tokens of this model."
+        )
+    return torch.tensor(begin, dtype=torch.long)
+
+
+def _begun(begin: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """The windows (windows, tokens), with the same beginning before each."""
+    return torch.cat([begin.expand(len(windows), -1), windows], 1)
 
 
 def _interleaved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -126,7 +148,6 @@ def _check_source(source) -> None:
 
 def _cut(ids: torch.Tensor, windows: int, length: int, source: str) -> torch.Tensor:
     """``windows`` windows spread evenly over ``ids``; none overlaps another."""
-    check_size(windows, length)
     available = len(ids) // length
     if available < windows:
         raise ValueError(

@@ -56,6 +56,25 @@ def test_every_exercise_says_what_kind_of_answer_it_wants(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
+def test_two_values_are_no_answer_and_what_was_probably_meant_is_said(name):
+    """4,5 is how much of the world writes 4.5; in Python it is two arguments."""
+    ask = getattr(labkit.check, name)
+    wanted = ask().text
+    if "a number" in wanted or "a whole number" in wanted or "a share" in wanted:
+        several = [ask(4, 5), ask(0, 75), ask("4", "5"), ask(4, 5, 6), ask((4, 5)), ask([4, 5])]
+        as_text = [ask(text) for text in ("4,5", " 0,75 ", "1.234,5", "-4,5 %")]
+        assert all("with a point, as in 4.5" in note.text for note in (*several, *as_text))
+        assert all("Leave the quotation marks out" in ask(text).text for text in ("4.5", "12", "50%"))
+    else:
+        words = re.findall(r"'([^']+)'", wanted)
+        several = [ask(*words[:2]), ask(*words), ask(4, 5), ask("4", "5")]
+        assert all("stand in braces" in note.text for note in several)
+        as_text = [ask("4,5")]
+    assert not any((*several, *as_text)), "nothing of it is right"
+    assert "asked for" in several[0].text and len(str(several[0])) < 400
+
+
+@pytest.mark.parametrize("name", EXERCISES)
 def test_the_question_stands_in_a_notebook_and_its_solution_is_checked(name):
     from pathlib import Path
 

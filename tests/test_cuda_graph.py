@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import Letters, tiny
 
 import labkit
 from labkit.engine import NotCompilable
 from labkit.engine.cuda_graph import GraphedModel
+from labkit.model import LanguageModel
 
 IDS = torch.arange(20)[None] * 7 % 96
 
@@ -76,11 +77,46 @@ def test_a_sliding_window_runs_eagerly():
         GraphedModel(lm)
 
 
+ODD = {
+    "GPTNeo": ({"attention_types": [[["global", "local"], 1]], "window_size": 8}, "it computes something else"),
+    "Falcon": ({"alibi": True}, "does not run on a cache of fixed size"),
+    "Mamba": ({"state_size": 8}, "keep a state that is no cache of tokens"),
+}
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_what_goes_wrong_on_a_cache_with_room_is_refused(family):
+    import transformers
+
+    more, said = ODD[family]
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96} | more
+    if family == "GPTNeo":
+        fields |= {"num_layers": fields.pop("num_hidden_layers"), "num_heads": fields.pop("num_attention_heads")}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**fields))
+    lm = LanguageModel(model.eval().requires_grad_(False), Letters(), family)
+    with pytest.raises(NotCompilable, match=said):
+        GraphedModel(lm, context=64)
+
+
+def test_a_cache_method_and_changing_angles_are_refused(tiny_lm):
+    for method in (labkit.StreamingLLM(budget=4096), labkit.KIVI()):
+        with pytest.raises(NotCompilable, match=f"{type(method).__name__} hooked into its cache"):
+            GraphedModel(method(tiny_lm), context=64)
+    tiny_lm.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(NotCompilable, match="changes with the length of the text"):
+        GraphedModel(tiny_lm, context=64)
+
+
+@pytest.mark.parametrize("context", (1, 3))
+def test_a_short_context_is_enough(tiny_lm, context):
+    graphed = GraphedModel(tiny_lm, context=context)
+    torch.testing.assert_close(graphed.prefill(IDS[:, :context]), whole(tiny_lm, IDS[:, :context])[:, -1])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_recorded_step_gives_the_same(tiny_lm):
-    from labkit.model import LanguageModel
-
     lm = LanguageModel(tiny_lm.model.to("cuda"), tiny_lm.tokenizer, "tiny")
     graphed = labkit.compile(lm, context=32)
     assert graphed.graph is not None

@@ -7,14 +7,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import FAMILIES, Letters, tiny
 from torch import nn
 
 import labkit
-from labkit.engine import NotCompilable, compile, session
+from labkit.engine import NotCompilable, compile, families, session
 from labkit.engine import threads as policy
 from labkit.formats import Affine, Integer
 from labkit.linear import PackedLinear, exact
+from labkit.model import LanguageModel
 
 COMPILED = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
 DENSE = {"head_bits": None, "embedding_bits": None, "threads": 1}
@@ -212,7 +213,9 @@ def test_generate_is_the_models_own_greedy_text_and_stops_where_it_ends(tiny_lm)
     compiled = compile(tiny_lm, **DENSE)
     assert compiled.generate("hello", 24) == expected
     stream = list(compiled.stream("hello", 24))
-    compiled.ends = {stream[3]}
+    tiny_lm.model.generation_config.eos_token_id = stream[3]
+    assert list(compiled.stream("hello", 24)) == stream, "its settings are those of when it was compiled"
+    compiled = compile(tiny_lm, **DENSE)
     assert list(compiled.stream("hello", 24)) == stream[: stream.index(stream[3]) + 1]
 
 
@@ -283,6 +286,88 @@ def test_the_chosen_threads_are_those_of_the_session(tiny_lm, monkeypatch):
     model = compile(tiny_lm)
     assert model.threads == 1 and "1 thread)" in repr(model)
     assert compile(tiny_lm, threads=2).threads == 2
+
+
+# ---- what onnxruntime cannot run is refused before anybody waits for it
+
+
+def of_heads(width: int, family: str = "Llama"):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family] | {"head_dim": width})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return LanguageModel(model, Letters(), f"heads of {width}")
+
+
+@pytest.mark.parametrize("width", (4, 8, 24, 100, 16, 80))
+def test_heads_that_the_operator_does_not_turn_are_refused_and_all_others_are_right(width):
+    """The rule is onnxruntime's own: where it is refused, the operator would have refused it too."""
+    lm = of_heads(width)
+    if width % 16 == 0:
+        assert (compile(lm, **DENSE).logits(IDS) - eager(lm)).abs().max() < 1e-5
+        return
+    with pytest.raises(NotCompilable, match=f"heads have {width} channels, and .* multiples of 16, so it cannot be"):
+        compile(lm)
+
+
+def test_the_rule_for_heads_is_the_operators_own(monkeypatch):
+    monkeypatch.setattr(families, "HEAD", 1)
+    for width in (8, 100):
+        with pytest.raises(
+            NotCompilable, match=r"onnxruntime cannot run its graph \(head_size (must|shall) be a multiple"
+        ):
+            compile(of_heads(width), **DENSE)
+
+
+def test_who_asked_for_a_graph_goes_on_without_one(tmp_path):
+    from labkit.measure import compiled
+    from labkit.measure.breakdown import as_graph
+    from labkit.talk import Talk, fastest
+
+    lm = of_heads(8)
+    graph, notes = compiled(lm)
+    assert graph is None and "heads have 8 channels" in notes[0] and len(notes) == 1
+    assert as_graph(lm) is None and fastest(lm) is lm
+    assert "".join(Talk(fastest(lm), "hello", 5)) == lm.generate("hello", 5)
+
+
+@pytest.mark.parametrize("kind", ("dynamic", "longrope"))
+def test_angles_that_change_with_the_text_are_refused(tiny_lm, kind):
+    tiny_lm.model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(NotCompilable, match=f"rotary embedding .{kind}. changes with the length"):
+        compile(tiny_lm)
+
+
+@pytest.mark.parametrize("hidden", (36, 40, 72))
+def test_widths_that_no_group_divides_keep_an_embedding_of_fp32(hidden):
+    import transformers
+
+    small = FAMILIES["Llama"] | {"hidden_size": hidden, "head_dim": 16}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)).eval().requires_grad_(False)
+    lm = LanguageModel(model, Letters(), "odd")
+    compiled = compile(lm, threads=1)
+    assert (compiled.logits(IDS) - eager(lm)).abs().max() < 0.02 * eager(lm).abs().max()
+    assert f"The embedding is fp32 here: of {hidden} columns" in " ".join(compiled.notes)
+    assert compiled.parts["embedding"] == 96 * hidden * 4 > compiled.parts["head"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "said"),
+    [
+        (RuntimeError("Non-zero status code. Status Message: no such operator."), NotCompilable, "no such operator"),
+        (RuntimeError("Failed to allocate memory for requested buffer"), RuntimeError, "allocate memory"),
+        (KeyError("a fault of ours"), KeyError, "a fault of ours"),
+    ],
+)
+def test_what_dies_at_the_first_run_dies_at_compile(tiny_lm, monkeypatch, error, expected, said):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(session._Run, "several", fails)
+    with pytest.raises(expected, match=said):
+        compile(tiny_lm, threads=1)
 
 
 def test_half_precision_models_are_computed_in_fp32(tiny_lm):

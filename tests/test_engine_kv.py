@@ -7,7 +7,7 @@ import torch
 from test_engine import COMPILED, DENSE, IDS, eager, shaken
 
 import labkit
-from labkit.engine import compile, kv_scales, session
+from labkit.engine import NotCompilable, compile, kv_scales, session
 from labkit.formats import unpack
 from labkit.measure.quality import token_kl
 
@@ -92,7 +92,7 @@ def test_a_runtime_that_takes_no_codes_is_named(tiny_lm, monkeypatch):
     monkeypatch.setattr(session, "_open", refuses)
     with pytest.raises(ValueError, match=r"attention takes no cache of codes .*kv_cache_bit_width"):
         compile(tiny_lm, kv_bits=8, calib=CALIB, **DENSE)
-    with pytest.raises(RuntimeError, match="Unrecognized"):
+    with pytest.raises(NotCompilable, match="cannot run its graph .Unrecognized"):
         compile(tiny_lm, **DENSE)
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_models import Letters, tiny
+from tiny_tokenizer import TEMPLATE, words
 from torch import nn
 
 import labkit
 from labkit import cli
-from labkit.engine import NotCompilable, compile, graph
+from labkit.engine import NotCompilable, compile, families, graph
+from labkit.model import LanguageModel
 
 PROMPTS = ("The river rose in the night and", "Salt is", "def fibonacci(n):\n")
 BITS = {"head_bits": None, "embedding_bits": None}
@@ -183,6 +187,75 @@ def test_the_settings_say_what_the_graph_is(letters, tmp_path):
     assert search["max_length"] == 100 and search["do_sample"] is False
 
 
+# ---- what belongs to the model
+
+
+def written(lm) -> LanguageModel:
+    """The same model with a tokenizer of its own that can be saved, and louder, so that it does not repeat itself."""
+    lm.tokenizer = words()
+    for p in lm.model.parameters():
+        p.data.mul_(8 if p.dim() >= 2 else 1)
+    return lm
+
+
+@needs_genai
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"min_length": 20},
+        {"repetition_penalty": 1.2, "min_length": 18},
+    ],
+    ids=str,
+)
+def test_genai_follows_the_generation_config_as_lm_generate_does(tmp_path, asked):
+    lm = written(tiny())
+    ids = lm.encode("w3 w4 w5 w6 w7 w8")
+    lm.model.generation_config.eos_token_id = 2
+    free = lm.model.generate(ids, max_new_tokens=24, do_sample=False)[0, 6:].tolist()
+    lm.model.generation_config.eos_token_id = [free[8], 95]
+    plain = lm.model.generate(ids, max_new_tokens=24, do_sample=False)[0, 6:].tolist()
+    for name, value in asked.items():
+        setattr(lm.model.generation_config, name, value)
+    expected = lm.model.generate(ids, max_new_tokens=24, do_sample=False)[0, 6:].tolist()
+    assert expected != plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = labkit.export.onnx(lm, tmp_path / "folder", **BITS)
+    assert write(load(folder), ids.tolist(), 24) == [expected]
+
+
+def test_what_genai_will_not_do_is_said_in_one_sentence_each(tmp_path):
+    lm = written(tiny())
+    lm.tokenizer = words(bos=True)
+    lm.model.generation_config.eos_token_id = None
+    for name, value in {"min_new_tokens": 3, "min_length": 9, "suppress_tokens": [5], "num_beams": 4}.items():
+        setattr(lm.model.generation_config, name, value)
+    with pytest.warns(UserWarning) as said:
+        folder = labkit.export.onnx(lm, tmp_path / "folder")
+    texts = [str(w.message) for w in said]
+    assert len(texts) == 3 and not any(". " in text for text in texts)
+    assert (
+        "will not apply min_new_tokens = 3, suppress_tokens = [5], num_beams = 4 of the generation_config" in texts[0]
+    )
+    assert "needs a token that ends a text and gets 2" in texts[1] and "begin with '<s>'" in texts[2]
+    assert "min_length" not in json.loads((folder / "genai_config.json").read_text())["search"]
+
+
+def test_a_saved_model_exports_as_the_first_did(tmp_path):
+    """The ends, penalties and the template survive save(), load() and export()."""
+    lm = written(tiny("Gemma"))
+    lm.tokenizer = words(template=TEMPLATE)
+    lm.model.generation_config.eos_token_id, lm.model.generation_config.repetition_penalty = [7, 9], 1.3
+    back = labkit.load(labkit.RTN()(lm, progress=False).save(tmp_path / "small"))
+    made = [labkit.export.onnx(m, tmp_path / name) for name, m in (("a", lm), ("b", back))]
+    first, second = (json.loads((folder / "genai_config.json").read_text()) for folder in made)
+    assert first == second and first["model"]["eos_token_id"] == [7, 9]
+    assert first["search"]["repetition_penalty"] == 1.3
+    assert transformers.AutoTokenizer.from_pretrained(made[1]).chat_template == TEMPLATE
+
+
 # ---- its size
 
 
@@ -292,12 +365,28 @@ def test_bad_arguments_are_named_and_nothing_is_written(letters, tmp_path, bad, 
 def test_models_that_cannot_be_exported_say_why_and_nothing_is_written(letters, tmp_path):
     with pytest.raises(NotCompilable, match="GPT2"):
         labkit.export.onnx(tiny("GPT2"), tmp_path / "folder")
+    heads = letters()
+    heads.model.config.head_dim = 8
+    for block in heads.model.model.layers:
+        block.self_attn.head_dim = 8
+    with pytest.raises(NotCompilable, match="heads have 8 channels"):
+        labkit.export.onnx(heads, tmp_path / "folder")
     with pytest.raises(ValueError, match=r"tiny-Llama writes no tokenizer\.json"):
         labkit.export.onnx(tiny(), tmp_path / "folder")
     endless = letters()
     endless.model.config.eos_token_id = endless.model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="names no token that ends a text"):
         labkit.export.onnx(endless, tmp_path / "folder")
+    assert names(tmp_path) == set()
+
+
+def test_a_graph_that_no_runtime_can_run_is_not_written(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "HEAD", 1)  # as if the rule for heads were another one
+    lm = letters()
+    for block in lm.model.model.layers:
+        block.self_attn.head_dim = 8
+    with pytest.raises(NotCompilable, match="onnxruntime cannot run its graph .head_size"):
+        labkit.export.onnx(lm, tmp_path / "folder")
     assert names(tmp_path) == set()
 
 

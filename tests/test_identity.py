@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, tiny
+from tiny_models import FAMILIES, MIXTURES, SMALL, tiny
 
 import labkit
 from labkit import embedded, identity, paths, shipped
 from labkit.linear import PackedLinear
+from labkit.model import LanguageModel
 
 IDS = torch.arange(24).view(1, 24)
 
@@ -125,7 +126,96 @@ def test_what_else_decides_the_outputs_counts(tiny_lm):
     assert other.fingerprint != before
 
 
+ZOO = {  # families whose config says something that neither the weights nor the fields named in CONFIG show
+    "Granite": {
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "DeepseekV3": {"norm_topk_prob": False, "routed_scaling_factor": 1.5, "n_group": 2},
+    "Gemma3Text": {"layer_types": ["full_attention", "full_attention"]},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Falcon": {"alibi": True},
+    "Olmo": {"clip_qkv": 8.0},
+    "GPT2": {"scale_attn_by_inverse_layer_idx": True},
+}
+
+
+def configured(family: str, **more):
+    import transformers
+
+    fields = MIXTURES.get(family) or SMALL | {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0}
+    return getattr(transformers, f"{family}Config")(**fields | more)
+
+
+def holding(config):
+    """What identity looks at, without weights."""
+    model = torch.nn.Module()
+    model.config = config
+    return model
+
+
+@pytest.mark.parametrize("family, field", [(family, field) for family, fields in ZOO.items() for field in fields])
+def test_a_field_of_the_config_that_changes_outputs_changes_it(family, field):
+    plain, other = configured(family), configured(family, **{field: ZOO[family][field]})
+    edited = copy.deepcopy(plain)
+    setattr(edited, field, ZOO[family][field])
+    found = [identity.fingerprint(holding(c)) for c in (plain, other, edited)]
+    assert found[0] != found[1] == found[2]
+    assert identity.fingerprint(holding(configured(family))) == found[0]
+
+
+def test_the_rows_of_a_model_whose_config_was_edited_are_not_the_models():
+    from labkit.results import Key
+
+    lm = LanguageModel(holding(configured("Granite")), None, "granite")
+    before = Key.of(lm, labkit.RTN(), {"manual": "ab"})
+    lm.model.config.logits_scaling = 7.0
+    assert Key.of(lm, labkit.RTN(), {"manual": "ab"}) != before
+
+
+def test_the_length_that_stretched_angles_are_counted_by_changes_it():
+    def stretched():
+        return {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+    found = [configured("Llama", rope_parameters=stretched(), max_position_embeddings=n) for n in (256, 512)]
+    assert len({identity.fingerprint(holding(c)) for c in found}) == 2
+    plain = [configured("Llama", max_position_embeddings=n) for n in (256, 512)]
+    assert len({identity.fingerprint(holding(c)) for c in plain}) == 1
+
+
 # ---- what is no change
+
+
+def test_cosmetics_and_what_a_class_derives_from_shapes_are_no_change(monkeypatch):
+    """So the fingerprint of a Llama, as the embedded model is one, is that of the time before other fields counted."""
+    cosmetic = {
+        "eos_token_id": [5, 6],
+        "pad_token_id": 3,
+        "use_cache": False,
+        "initializer_range": 0.5,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+        "architectures": ["X"],
+        "id2label": {0: "a"},
+    }
+    for config in (configured("Llama"), configured("Llama", **cosmetic), configured("Qwen2"), configured("Mistral")):
+        assert identity._settings(holding(config)) == {}, config.model_type
+    with_settings = identity.fingerprint(holding(configured("Llama", **cosmetic)))
+    monkeypatch.setattr(identity, "_settings", lambda model: {})
+    assert identity.fingerprint(holding(configured("Llama", **cosmetic))) == with_settings
+
+
+def test_a_field_that_a_new_version_adds_with_a_default_is_no_change(monkeypatch):
+    config = configured("Granite", logits_scaling=3.0)
+    before = identity.fingerprint(holding(config))
+    real = type(config).to_dict
+    monkeypatch.setattr(type(config), "to_dict", lambda self: real(self) | {"a_new_multiplier": 1.0})
+    assert identity.fingerprint(holding(config)) == before
 
 
 def test_equal_models_have_equal_fingerprints(each_family):
@@ -291,4 +381,4 @@ def test_damaged_factors_are_not_used(tmp_path, monkeypatch, tiny_lm):
 @pytest.mark.model
 def test_the_embedded_model_is_the_one_that_the_shipped_text_was_written_by():
     (file,) = shipped.shipped()["self"].paths
-    assert labkit.load(device="cpu", dtype=torch.float32).fingerprint == file.stem
+    assert labkit.load(device="cpu", dtype=torch.float32).fingerprint == file.stem == "7a5c5a0ed247712d"

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import Letters, tiny
+from tiny_tokenizer import TEMPLATE, words
 
 import labkit
 from labkit import assets, embedded
@@ -303,3 +304,60 @@ def test_a_manifest_names_our_layers_or_nothing(saved, spec):
     change(packed=dict.fromkeys(packed, spec))
     with pytest.raises(ValueError, match=r"module = .* is not allowed: it must be one of PackedLinear, "):
         labkit.load(folder)
+
+
+# ---- what belongs to a model comes with it
+
+
+@pytest.fixture
+def there_and_back(tmp_path, letters, monkeypatch):
+    """Saves a model and loads it again, with the real loader of tokenizers."""
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", letters)
+    return lambda lm: labkit.load(labkit.RTN(bits=8, group_size=32)(lm, progress=False).save(tmp_path / "small"))
+
+
+def test_the_generation_config_comes_back(there_and_back):
+    lm = tiny("Gemma")
+    lm.tokenizer = words()
+    asked = {
+        "eos_token_id": [7, 9],
+        "repetition_penalty": 1.3,
+        "suppress_tokens": [3, 4],
+        "sequence_bias": [[[5, 6], -2.0]],
+        "stop_strings": ["w8"],
+        "temperature": 0.6,  # beside do_sample = False transformers warns of it, and its save_pretrained refuses
+        "do_sample": False,
+    }
+    for name, value in asked.items():
+        setattr(lm.model.generation_config, name, value)
+    back = there_and_back(lm)
+    assert {name: getattr(back.model.generation_config, name) for name in asked} == asked
+    plain = transformers.GenerationConfig().to_dict() | lm.model.generation_config.to_dict()
+    assert back.model.generation_config.to_dict() == plain
+
+
+def test_a_folder_without_a_generation_config_takes_the_ends_of_the_config(there_and_back, tmp_path):
+    lm = tiny()
+    lm.tokenizer, lm.model.config.eos_token_id = words(), 11
+    there_and_back(lm)
+    (tmp_path / "small" / "generation_config.json").unlink()
+    assert labkit.load(tmp_path / "small").model.generation_config.eos_token_id == 11
+
+
+def test_the_template_and_the_special_tokens_come_back(there_and_back):
+    lm = tiny()
+    lm.tokenizer = words(bos=True, template=TEMPLATE)
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["w5"]})
+    back = there_and_back(lm)
+    assert back.tokenizer.chat_template == TEMPLATE
+    assert back.tokenizer.all_special_ids == lm.tokenizer.all_special_ids and 5 in back.tokenizer.all_special_ids
+    assert back.encode("w3 w4").tolist() == lm.encode("w3 w4").tolist() == [[1, 3, 4]]
+
+
+def test_a_damaged_generation_config_is_said(there_and_back, tmp_path):
+    lm = tiny()
+    lm.tokenizer = words()
+    there_and_back(lm)
+    (tmp_path / "small" / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no complete labkit model"):
+        labkit.load(tmp_path / "small")

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny
+from tiny_tokenizer import words
 
 import labkit
-from labkit import paths, probe, shipped, text, walk
+from labkit import bos, paths, probe, shipped, text, walk
 
 
 def ngrams(windows, n=120):
@@ -143,6 +145,78 @@ def test_bad_windows(tiny_lm):
         text.calibration(tiny_lm, 0, 64)
 
 
+# ---- the first token of a window
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Two models, alike but for a tokenizer that puts <s> (1) before every text, and a text file of 3,000 words."""
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
+    plain, other = tiny(), tiny()
+    plain.tokenizer, other.tokenizer = words(), words(bos=True)
+    order = torch.randint(3, 96, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in order))
+    return plain, other, tmp_path / "text.txt"
+
+
+def test_windows_begin_with_the_bos_of_a_tokenizer_that_puts_one(begun):
+    plain, other, path = begun
+    ids = text.whole(other.tokenizer, path)
+    assert len(ids) == 3000 and 1 not in ids
+    windows = text.evaluation(other, 4, 32, path)
+    assert windows.shape == (4, 32) and (windows[:, 0] == 1).all()
+    for window in windows[:, 1:]:  # a run of the text, without a hole
+        assert any(torch.equal(window, ids[i : i + 31]) for i in range(0, 3000 - 31, 31))
+    calib = text.calibration(other, 5, 32, source=path)
+    assert calib.shape == (5, 32) and (calib[:, 0] == 1).all() and (calib[:, 1:] != 1).all()
+    for found in (text.evaluation(plain, 4, 32, path), text.calibration(plain, 5, 32, source=path)):
+        assert (found != 1).all(), "this tokenizer puts none, so there is none"
+    assert text.calibration(other, 94, 32, source=path).shape == (94, 32), "93 windows of 32 words, 96 of 31"
+
+
+def test_what_the_model_writes_begins_with_it_too(begun):
+    plain, other, _ = begun
+    first = text.calibration(plain, 2, 12, source="self", progress=False)
+    assert (first[:, 0] != 1).all()
+    found = text.calibration(other, 2, 12, source="self", progress=False)  # not what is stored under the same weights
+    assert found.shape == (2, 12) and (found[:, 0] == 1).all() and (found[:, 1] != 1).all()
+    assert torch.equal(found, text.calibration(other, 2, 12, source="self", progress=False))
+    assert (text.calibration(other, 4, 12, source="mixed", progress=False)[:, 0] == 1).all()
+
+
+def test_a_window_that_the_beginning_fills_is_refused(begun, monkeypatch):
+    _, other, path = begun
+    monkeypatch.setattr(bos, "beginning", lambda tokenizer: [1, 1])
+    with pytest.raises(ValueError, match="length = 2 is not allowed: each window begins with 2 special tokens"):
+        text.evaluation(other, 1, 2, path)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [("<s> $A", [1]), ("<unk> <s> $A </s>", [0, 1]), ("$A </s>", []), ("$A", [])]
+)
+def test_the_beginning_is_found_at_the_tokenizer(template, expected):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = words()
+    known = [("<unk>", 0), ("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=known)
+    assert bos.beginning(tokenizer) == expected
+    assert bos.encode(tokenizer, "w3 w4") == [*expected, 3, 4] and bos.encode(tokenizer, "") == []
+    assert bos.ids_of(tokenizer, "w3") == [3]
+
+
+def test_needles_and_their_prompts_begin_with_it_once(begun):
+    from labkit.measure import needles
+
+    plain, other, path = begun
+    path.write_text("w3 w4 w5 w6. " * 200)
+    hidden = needles.Needle("w7 w8 w9.", "w7 w8", " w9")
+    context, asked = needles.prompt(other, hidden, 40, 0.5, path)
+    assert context.shape[1] + asked.shape[1] == 40 and context[0, 0] == 1
+    assert (context[0, 1:] != 1).all() and (asked != 1).all()
+    assert (needles.prompt(plain, hidden, 40, 0.5, path)[0] != 1).all()
+
+
 # ---- the same text everywhere
 
 OTHERS = [found for minor in range(10, 16) if (found := shutil.which(f"python3.{minor}"))] + ["/usr/bin/python3"]
@@ -265,6 +339,7 @@ def test_the_ids_are_those_of_the_manifest_and_of_every_shipped_row(lm):
     from labkit.reproduce import TEXTS, sweeps
     from labkit.sweep import text_hashes
 
+    assert bos.beginning(lm.tokenizer) == [], "else every window would begin with it"
     for name in TEXTS:
         ids, what = text.whole(lm.tokenizer, name), shipped.shipped()[name]
         assert (len(ids), text.fingerprint(ids)) == (what.tokens, what.ids)

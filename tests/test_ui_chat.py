@@ -22,6 +22,8 @@ def models():
     lm, other = tiny(), tiny()
     for weight in other.model.parameters():
         weight.add_(0.3 * torch.randn_like(weight))  # so far away that it says something else
+    for model in (lm.model, other.model):
+        model.generation_config.eos_token_id = None  # an answer has as many tokens as were asked for
     return {"before": lm, "after": RTN(bits=4, group_size=16)(other, progress=False)}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import html
+import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -43,12 +45,18 @@ def hint(text: str) -> Note:
     return Note(False, text)
 
 
+POINT = "In Python a comma separates two values: write a decimal fraction with a point, as in 4.5."
+TOGETHER = "Several words are one answer when they stand in braces, as in {'this', 'that'}."
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of answer: what it is called, and ``read``, which returns the clean answer or raises ValueError."""
+    """A kind of answer: what it is called, ``read``, which returns the clean answer or raises ValueError, and what to say
+    of two values in place of one."""
 
     wanted: str
     read: Callable
+    several: str = POINT
 
 
 def number(of: str) -> Kind:
@@ -88,29 +96,69 @@ def some_of(options: Iterable[str]) -> Kind:
         return frozenset(words)
 
     example = ", ".join(repr(o) for o in options)
-    return Kind(f"one or several of {example}, such as {{{options[0]!r}}}", read)
+    return Kind(f"one or several of {example}, such as {{{options[0]!r}}}", read, TOGETHER)
 
 
 def exercise(kind: Kind):
     """Make an exercise of a function of a clean answer; no answer, or one of another kind, is told what is wanted."""
 
     def wrap(check: Callable[..., Note]):
+        takes = len(inspect.signature(check).parameters)
+
         @functools.wraps(check)
         def run(answer=None, *args, **kwargs) -> Note:
             if answer is None or answer is ...:
                 return Note(False, f"Put {kind.wanted}, in place of the dots.", "No answer yet.")
+            if args and (_is_answer(args[0], kind) or 1 + len(args) > takes):
+                given = (
+                    answer,
+                    *args,
+                )  # 4,5 is two answers; what an exercise takes besides is a model or a measurement
+                return hint(
+                    f"{_shown(given)} are {len(given)} answers, and one is asked for: {kind.wanted}. {kind.several}"
+                )
             try:
                 clean = kind.read(answer)
             except (ValueError, TypeError):
-                given = repr(answer)
-                given = given if len(given) <= 60 else given[:57] + "..."
-                return hint(f"{given} is not the kind of answer that is asked for: {kind.wanted}.")
+                return hint(
+                    f"{_shown(answer)} is not the kind of answer that is asked for: {kind.wanted}.{_slip(answer, kind)}"
+                )
             return check(clean, *args, **kwargs)
 
         run.exercise = True
         return run
 
     return wrap
+
+
+NUMERAL = re.compile(r"\s*[-+]?[\d.,'\s]*\d[\d.,'\s]*%?\s*")
+
+
+def _is_answer(value, kind: Kind) -> bool:
+    """Whether a value is one of the answers that somebody gave, not what an exercise takes besides."""
+    if isinstance(value, str) and not NUMERAL.fullmatch(value):
+        try:
+            kind.read(value)
+        except (ValueError, TypeError):
+            return False
+        return True
+    return isinstance(value, str | numbers.Number)
+
+
+def _shown(answer) -> str:
+    text = ", ".join(map(repr, answer)) if isinstance(answer, tuple) else repr(answer)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _slip(answer, kind: Kind) -> str:
+    """What was probably meant by an answer of another kind, as a further sentence: a decimal comma, or quotation marks."""
+    if kind.several is not POINT:
+        return ""
+    if isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(a, numbers.Real) for a in answer):
+        return f" {POINT}"
+    if not isinstance(answer, str) or not NUMERAL.fullmatch(answer):
+        return ""
+    return f" {POINT}" if "," in answer else " Leave the quotation marks out."
 
 
 def near(answer: float, truth: float, share: float = 0.05) -> bool:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from transformers import StaticCache
 
-from labkit.engine.families import NotCompilable
-from labkit.engine.session import encoded, ends_of
+from labkit.engine.families import NotCompilable, fixed_rotary, plain_cache
+from labkit.engine.session import encoded
+from labkit.generation import Greedy, Settings
 from labkit.measure.memory import held
 
 WARM = 3  # steps before the recording: libraries choose their kernels and take their memory in these
@@ -26,26 +27,42 @@ class GraphedModel:
     of ``context`` tokens, and it belongs to the thread that began the text.
     """
 
-    notes: tuple[str, ...] = ()
-
     def __init__(self, lm, context: int = 2048):
         started = time.perf_counter()
         self.name, self.history, self.tokenizer = lm.name, lm.history, lm.tokenizer
         self.model, self.device = lm.model, lm.device
         self.context = min(context, getattr(lm.model.config, "max_position_embeddings", context))
         self.threads = torch.get_num_threads()
-        self.ends = ends_of(lm.model)
-        self.cache = StaticCache(config=lm.model.config, max_cache_len=self.context)
-        if any(layer.is_sliding for layer in self.cache.layers):
-            raise NotCompilable("Its attention slides over a window, whose cache is not addressed by tensors alone")
+        self.settings = Settings.of(lm.model)
+        self.notes = (self.settings.note,) if self.settings.note else ()
+        plain_cache(lm.model)
+        fixed_rotary(lm.model)
+        self.cache = _fixed_cache(lm.model, self.context)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
         self.graph, self._text, self._owner = None, 0, None
-        self.prefill(self.token)
+        self._check()
         if lm.device.type == "cuda":
             self._record()
         self.rewind(0)
         self.nbytes, self.parts = lm.nbytes, _parts(lm)
         self.seconds = time.perf_counter() - started
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Masks that are counted from the end of the cache, and what else goes wrong on a cache with room, show at once."""
+        count = min(4, self.context)
+        ids = torch.arange(count, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
+        expected = self.model(ids, use_cache=False).logits[:, -1].float()
+        try:
+            found = self.prefill(ids[:, : max(1, count - 1)]).float()
+            if count > 1:
+                found = self.decode(int(ids[0, -1])).float()
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotCompilable(f"It does not run on a cache of fixed size ({error})") from error
+        if not (found - expected).norm() <= 0.1 * expected.norm():
+            raise NotCompilable("On a cache of fixed size it computes something else")
 
     @torch.inference_mode()
     def _record(self) -> None:
@@ -64,6 +81,11 @@ class GraphedModel:
             raise NotCompilable(f"Its step cannot be recorded as a CUDA graph ({error})") from error
         self.graph = graph
 
+    @property
+    def ends(self) -> set[int]:
+        """The tokens at which its texts end."""
+        return set(self.settings.ends)
+
     def _step(self) -> torch.Tensor:
         """The token in ``self.token`` after what is in the cache: logits (1, vocabulary)."""
         return self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -80,17 +102,18 @@ class GraphedModel:
         return self.tokenizer.decode(list(self.stream(prompt, max_new_tokens)), skip_special_tokens=True)
 
     def stream(self, prompt: str, max_new_tokens: int = 32) -> Iterator[int]:
-        """The greedy continuation, token id by token id, as they are found."""
-        ids = encoded(self, prompt, max_new_tokens)
-        token = int(self.prefill(ids).argmax())
+        """The greedy continuation, token id by token id, as they are found: the tokens of ``LanguageModel.generate``."""
+        ids = encoded(self, prompt, max_new_tokens).to(self.device)
+        greedy = Greedy(self.settings, ids, max_new_tokens, self.tokenizer)
+        token = greedy(self.prefill(ids))
         text = self._text
         for left in range(max_new_tokens, 0, -1):
             yield token
-            if token in self.ends or left == 1:
+            if greedy.over or left == 1:
                 return
             if text != self._text:
                 raise RuntimeError("Another text was begun on this model's only cache: compile one for each.")
-            token = int(self.decode(token).argmax())
+            token = greedy(self.decode(token))
 
     # --- step by step ---
 
@@ -143,6 +166,19 @@ class GraphedModel:
         return (
             f"GraphedModel({self.name!r}, {done}, {self.kv_nbytes / 1e6:.1f} MB cache for {self.context} tokens, {how})"
         )
+
+
+def _fixed_cache(model, context: int) -> StaticCache:
+    """A cache of fixed size, every layer of which keeps all tokens; :class:`NotCompilable` where one cannot."""
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=context)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise NotCompilable(f"It has no cache of fixed size ({error})") from error
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise NotCompilable("Its attention slides over a window, whose cache is not addressed by tensors alone")
+    if not cache.layers or not all(hasattr(layer, "cumulative_length") for layer in cache.layers):
+        raise NotCompilable("Some of its layers keep a state that is no cache of tokens")
+    return cache
 
 
 def _parts(lm) -> dict[str, int]:

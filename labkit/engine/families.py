@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from labkit import cache
 from labkit.walk import blocks, is_linear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 GATES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu", "GELU": "gelu"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+HEAD = 16  # onnxruntime's attention turns heads of a multiple of 16 channels (widths from 2 to 512 tried with its 1.32)
 
 
 class NotCompilable(ValueError):
@@ -70,14 +72,16 @@ def read(model) -> Decoder:
     family = getattr(model.config, "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise NotCompilable(f"{type(model).__name__} is not of the {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]} family")
+    plain_cache(model)
     _untouched(model)
     base, head = model.base_model, model.get_output_embeddings()
-    kind = base.rotary_emb.config.rope_parameters.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise NotCompilable(f"Its rotary embedding ({kind}) changes with the length of the text")
+    fixed_rotary(model)
     found = [_block(b, i) for i, b in enumerate(blocks(model))]
     if len({b.head_dim for b in found}) != 1:
         raise NotCompilable("Its layers have heads of different widths")
+    if found[0].head_dim % HEAD:
+        width = f"Its heads have {found[0].head_dim} channels"
+        raise NotCompilable(f"{width}, and onnxruntime's attention takes multiples of {HEAD}")
     embedding = base.embed_tokens
     return Decoder(
         embedding=embedding.weight,
@@ -91,6 +95,22 @@ def read(model) -> Decoder:
         rotary=base.rotary_emb,
         context=model.config.max_position_embeddings,
     )
+
+
+def fixed_rotary(model) -> None:
+    """A graph holds one angle per position and channel; some rotary embeddings choose theirs by the length of the text."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    every = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]  # of all layers, or by kind of layer
+    for kind in {p.get("rope_type", "default") for p in every}:
+        if "dynamic" in kind or kind == "longrope":
+            raise NotCompilable(f"Its rotary embedding ({kind}) changes with the length of the text")
+
+
+def plain_cache(model) -> None:
+    """A graph keeps every token: it has no place for methods that evict or round what is in the cache."""
+    if methods := cache.methods_of(model):
+        names = " and ".join(type(m).__name__ for m in methods)
+        raise NotCompilable(f"{names} hooked into its cache, and a graph's cache keeps every token")
 
 
 def _untouched(model) -> None:

@@ -57,6 +57,7 @@ class Graph:
         self.inputs: list = []
         self.outputs: list = []
         self.dense: dict[str, list[str]] = {}  # why a packed linear is dense here -> which ones
+        self.plain_embedding = False  # whether an embedding that was to be packed is not
         self.widened: dict[tuple[int, int], set[int]] = {}  # bits of a code, bits that it takes here -> which linears
 
     def node(self, kind: str, inputs: list[str], name: str, domain: str = "", outputs: int = 1, **attributes):
@@ -94,6 +95,10 @@ class Graph:
             f"Codes of {bits} bits take {width} here, the next width of the operator ({len(which)} of the linears)."
             for (bits, width), which in self.widened.items()
         ]
+        if self.plain_embedding:
+            said.append(
+                f"The embedding is fp32 here: of {self.d.embedding.shape[1]} columns no groups of 16 can be made."
+            )
         if any(n.op_type == "MatMulNBits" for n in self.nodes):
             said.append("Products with packed weights round activations to 8 bits, block by block.")
         if self.kv:
@@ -309,11 +314,14 @@ class Graph:
 
     def embedding(self, bits: int | None, head) -> str:
         d = self.d
+        width = d.embedding.shape[1]
+        if bits is not None and width % group(width):  # this operator, unlike the products, takes whole groups only
+            bits, self.plain_embedding = None, True
         if bits is None:
             x = self.node("Gather", [self.weights.add("embedding.weight", d.embedding.float()), self.ids], "embedding")
         else:
             same = d.tied and head is not None and head.bits == bits
-            codes = head if same else w.encode(d.embedding, bits, group(d.embedding.shape[1]))
+            codes = head if same else w.encode(d.embedding, bits, group(width))
             size, data, scales, zeros = w.layout([codes])
             inputs = [
                 self.weights.add("embedding.codes", data.reshape(len(data), -1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from labkit import heap
+from labkit import bos, heap
 from labkit.engine import kv_scales
 from labkit.engine import threads as policy
-from labkit.engine.families import read
+from labkit.engine.families import NotCompilable, read
 from labkit.engine.graph import DenseGraph, build
+from labkit.generation import Greedy, Settings
 from labkit.paths import own
 
 PREFILLS = ("packed", "dense", "auto")
@@ -63,14 +65,14 @@ def compile(
     kv = None if kv_bits is None else kv_scales.find(lm, kv_bits, calib)
     with _scratch() as folder:
         graph = build(decoder, folder, context, head_bits, embedding_bits, kv=kv)
-        built = lambda count: CompiledModel(lm, decoder, graph, folder / "model.onnx", context, count)  # noqa: E731
-        try:
-            model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
-        except Exception as error:
-            if kv is None or "GroupQueryAttention" not in str(error):
-                raise
-            text = f"This onnxruntime's attention takes no cache of codes ({error}): kv_bits must be None here."
-            raise ValueError(text) from error
+
+        def built(count: int) -> CompiledModel:
+            with refused(kv):
+                model = CompiledModel(lm, decoder, graph, folder / "model.onnx", context, count)
+                model.logits(torch.zeros(1, 1, dtype=torch.long))  # what can be built need not run
+            return model
+
+        model = built(threads) if threads else policy.fastest(built, graph.weights.nbytes)
     if prefill != "packed":
         read_densely(model, decoder, head_bits, embedding_bits, kv, measured=prefill == "auto")
     heap.trim()  # the runtime has repacked each weight
@@ -105,15 +107,25 @@ def check(head_bits, embedding_bits, **counts) -> None:
             raise ValueError(f"{name} = {number!r} is not allowed: it must be a whole number, 1 or more.")
 
 
-def ends_of(model) -> set[int]:
-    """The tokens at which a transformers model's answers end."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+@contextlib.contextmanager
+def refused(kv=None):
+    """What onnxruntime cannot load or run becomes a :class:`NotCompilable`, in its own words. ``kv``: of a packed cache."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+        said = str(error).split("Status Message: ")[-1].strip().rstrip(".")
+        if not ours or "alloc" in said:  # memory is missing, not an operator
+            raise
+        if kv is not None and "GroupQueryAttention" in str(error):
+            text = f"This onnxruntime's attention takes no cache of codes ({said}): kv_bits must be None here."
+            raise ValueError(text) from error
+        raise NotCompilable(f"onnxruntime cannot run its graph ({said})") from error
 
 
 def encoded(model, prompt: str, max_new_tokens: int) -> torch.Tensor:
     """A prompt's ids (1, tokens); ValueError where it is empty, or does not fit ``model.context`` with its answer."""
-    ids = model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = torch.tensor([bos.encode(model.tokenizer, prompt)], dtype=torch.long)
     if ids.shape[1] == 0:
         raise ValueError("The prompt is empty: generate() needs at least one token to continue.")
     if ids.shape[1] + max_new_tokens > model.context:
@@ -149,10 +161,11 @@ class CompiledModel:
 
     def __init__(self, lm, decoder, graph, path: Path, context: int, threads: int):
         self.name, self.history, self.tokenizer = lm.name, lm.history, lm.tokenizer
-        self.context, self.threads, self.notes = context, threads, graph.notes
+        self.settings = Settings.of(lm.model)
+        self.context, self.threads = context, threads
+        self.notes = (*graph.notes, self.settings.note) if self.settings.note else graph.notes
         self.nbytes, self.parts = graph.weights.nbytes, graph.parts
         self.seconds = 0.0
-        self.ends = ends_of(lm.model)
         self._caches = [(b.kv_heads, *graph.cached(b)) for b in decoder.blocks]  # heads, numbers in one, their type
         self._vocabulary, self._head_rows = graph.vocabulary, graph.head_rows
         self._session = _open(path, threads)
@@ -180,14 +193,15 @@ class CompiledModel:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def stream(self, prompt: str, max_new_tokens: int = 32) -> Iterator[int]:
-        """The greedy continuation, token id by token id, as they are found."""
+        """The greedy continuation, token id by token id, as they are found: the tokens of ``LanguageModel.generate``."""
         ids = encoded(self, prompt, max_new_tokens)
         run = _Run(self, 1, self.context)  # of its own: two streams do not mix
+        greedy = Greedy(self.settings, ids, max_new_tokens, self.tokenizer)
         logits = run.begin(self._ids(ids))
         for left in range(max_new_tokens, 0, -1):
-            token = int(logits.argmax())
+            token = greedy(logits)
             yield token
-            if token in self.ends or left == 1:
+            if greedy.over or left == 1:
                 return
             logits = run.next(token)
 
@@ -200,6 +214,11 @@ class CompiledModel:
     def decode(self, token: int) -> torch.Tensor:
         """Add one token to the text. Returns its logits (1, vocabulary), a view that the next step overwrites."""
         return self._cache().next(int(token))
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens at which its texts end."""
+        return set(self.settings.ends)
 
     @property
     def length(self) -> int:
@@ -314,12 +333,25 @@ class _Run:
         return torch.from_numpy(self.out)[:, 0]
 
 
-def _open(path: Path, threads: int):
+def try_out(path: Path) -> None:
+    """Run one token through a graph with onnxruntime-genai's names; :class:`NotCompilable` where that cannot be done."""
+    with refused():
+        session = _open(path, 1, **{"session.disable_prepacking": "1"})  # weights stay in their file, mapped
+        feeds = {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+        for place in session.get_inputs():
+            if place.name not in feeds:  # the cache, empty
+                feeds[place.name] = np.zeros((1, place.shape[1], 0, place.shape[3]), np.float32)
+        session.run(["logits"], feeds)
+
+
+def _open(path: Path, threads: int, **entries: str):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, it need not be printed as well
     options.enable_cpu_mem_arena = False
     # Threads spin between the products of one step, where waking them would take as long as the product; they stop when
     # the step is done, so that torch's threads find the cores free.

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import torch
 from onnx import TensorProto, helper
 
+from labkit import bos
 from labkit.engine.families import Decoder
 from labkit.engine.graph import Graph
 from labkit.engine.weights import rows
+from labkit.generation import Settings, told
 
+SEARCH = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_length",
+)  # what onnxruntime-genai does as transformers does it
 ROOM = 2048  # the cache is taken whole and ahead, so by default it is not made for every position of a long context
 
 
@@ -46,11 +56,18 @@ class GenAIGraph(Graph):
 
 
 def settings(lm, decoder: Decoder, context: int) -> dict:
-    """genai_config.json. Raises ValueError for a model that names no token to end a text with."""
+    """genai_config.json, with the ends and those penalties of the model's generation_config that it has a place for; a
+    warning names the others. Raises ValueError for a model that names no token to end a text with."""
     ends = special(lm, "eos_token_id")
     if ends is None:
         raise ValueError(f"{lm.name} names no token that ends a text (eos_token_id), which onnxruntime-genai needs.")
     first = ends[0] if isinstance(ends, list) else ends
+    generation = Settings.of(lm.model)
+    for sentence in _differences(lm, generation, first):
+        warnings.warn(sentence, stacklevel=3)
+    search = {name: value for name, value in generation.applied.items() if name in SEARCH}
+    if "min_new_tokens" in generation.applied:
+        search.pop("min_length", None)  # transformers does not look at it then
     start, pad = special(lm, "bos_token_id"), special(lm, "pad_token_id")
     keys = ("key", "value")
     return {
@@ -74,8 +91,21 @@ def settings(lm, decoder: Decoder, context: int) -> dict:
                 "outputs": {"logits": "logits"} | {f"present_{what}_names": f"present.%d.{what}" for what in keys},
             },
         },
-        "search": {"do_sample": False, "max_length": min(context, ROOM), "past_present_share_buffer": True},
+        "search": {"do_sample": False, "max_length": min(context, ROOM), "past_present_share_buffer": True} | search,
     }
+
+
+def _differences(lm, generation: Settings, first: int) -> Iterator[str]:
+    """In what onnxruntime-genai's answers will not be those of ``lm.generate``, in sentences."""
+    asked = generation.applied | generation.unapplied
+    if left := {name: value for name, value in asked.items() if name not in SEARCH}:
+        yield f"onnxruntime-genai will not apply {told(left)} of the generation_config of {lm.name}: answers may differ."
+    if not generation.ends:
+        yield f"onnxruntime-genai needs a token that ends a text and gets {first}; lm.generate of {lm.name} has none."
+    if begin := bos.beginning(lm.tokenizer):
+        text = lm.tokenizer.decode(begin)
+        how = "its Tokenizer.update_options(add_special_tokens='true') does"
+        yield f"Texts for {lm.name} begin with {text!r}, which onnxruntime-genai does not write by itself: {how}."
 
 
 def special(lm, name: str):

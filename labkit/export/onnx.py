@@ -44,6 +44,7 @@ def onnx(lm, folder, context: int | None = None, head_bits=8, embedding_bits=8, 
                 f"The tokenizer of {lm.name} writes no {missing[0]}, without which onnxruntime-genai cannot read a text."
             )
         graph.build(decoder, made, context, head_bits, embedding_bits, GenAIGraph)
+        session.try_out(made / "model.onnx")
         (made / CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
     return target
 

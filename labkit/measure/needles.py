@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit import text
+from labkit import bos, text
 from labkit.method import brief, check_model
 
 NAMES = ("Oskar", "Miriam", "Tobias", "Leila", "Anton", "Clara", "Yusuf", "Greta", "Pavel", "Nadia")
@@ -82,9 +82,11 @@ def prompt(lm, hidden: Needle, length: int, depth: float, haystack="prose", seed
     """
     _depth(depth)
     fact, question = _ids(lm, " " + hidden.fact), _ids(lm, "\n\n" + hidden.question)
-    room = _whole("length", length, 1) - len(fact) - len(question)
+    first = bos.beginning(lm.tokenizer)  # stands before the haystack, as before every text
+    taken = len(first) + len(fact) + len(question)
+    room = _whole("length", length, 1) - taken
     if room < 1:
-        least = len(fact) + len(question) + 1
+        least = taken + 1
         raise ValueError(f"length = {length} is not allowed: this needle and its question need {least} tokens or more.")
     parts = [_ids(lm, " " + s) for s in _sentences(haystack)]
     if sum(map(len, parts)) < room:
@@ -100,7 +102,7 @@ def prompt(lm, hidden: Needle, length: int, depth: float, haystack="prose", seed
     places = [0, *(p - surplus for p in places if p > surplus)]
     at = min(places, key=lambda p: abs(p - depth * room))
     hay = hay[surplus:]
-    return torch.tensor([hay[:at] + fact + hay[at:]]), torch.tensor([question])
+    return torch.tensor([first + hay[:at] + fact + hay[at:]]), torch.tensor([question])
 
 
 def grid(
@@ -158,7 +160,8 @@ def key_value_recall(
     pick = random.Random(f"pairs {_whole('seed', seed, 0)}")
     words = pick.sample(known, pairs)
     numbers = [str(pick.randrange(10, 100)) for _ in words]
-    listed = torch.tensor([_ids(lm, "".join(f"The number of the {w} is {n}.\n" for w, n in zip(words, numbers)))])
+    lines = "".join(f"The number of the {w} is {n}.\n" for w, n in zip(words, numbers))
+    listed = torch.tensor([bos.encode(lm.tokenizer, lines)])
     listed_cache = _forward(lm, listed)[1] if question == "after" else None
     found = []
     for i in sorted({k * pairs // asked for k in range(min(asked, pairs))}):
@@ -187,7 +190,7 @@ def agreement(lm, reference, prompt: str, tokens: int = 64) -> Agreement:
     check_model(lm, "tokenizer")
     check_model(reference, "tokenizer")
     _whole("tokens", tokens, 1)
-    ids = torch.tensor([_ids(lm, prompt)])
+    ids = torch.tensor([bos.encode(lm.tokenizer, prompt)])
     if ids.shape[1] < 2:
         raise ValueError(f"prompt = {brief(prompt)} is not allowed: it must have two tokens or more.")
     read, last = ids[:, :-1], ids[:, -1:]

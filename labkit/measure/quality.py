@@ -1,9 +1,10 @@
 """Quality of a model on windows of text: perplexity, KL divergence to the uncompressed model, top-1 agreement.
 
-Convention: windows do not overlap, no BOS is prepended, each token but a window's first is scored, means are over
-tokens. Error bands are the standard error over windows; the windows' own values are kept, since two models that read the
-same windows are compared window by window. Packed weights are multiplied exactly (``labkit.linear.exact``): what a
-kernel's rounding of activations adds is not part of a weight-only method's quality, and is measured beside it (``run``).
+Convention: windows do not overlap, each token but a window's first is scored, means are over tokens. No BOS is prepended,
+unless the model's own tokenizer puts one before every text: then each window begins with it (:mod:`labkit.bos`).
+Error bands are the standard error over windows; the windows' own values are kept, since two models that read the same
+windows are compared window by window. Packed weights are multiplied exactly (``labkit.linear.exact``): what a kernel's
+rounding of activations adds is not part of a weight-only method's quality, and is measured beside it (``run``).
 A model under cache methods reads a prompt that is not scored, then a few tokens at a time: it must read its cache for
 their damage to show (:mod:`labkit.measure.reading`).
 """
