@@ -72,8 +72,8 @@ def scaling(lm, form: Format, windows: int) -> Prepare:
     """What the walk does with each block before its statistics are gathered: find the folds, and apply the best factors."""
 
     def prepare(block: nn.Module, flow: Flow, index: int) -> None:
-        hidden = flow.few(windows)
-        for fold in folds(block, lambda: flow.run(index, hidden[:1]), head_dim_of(lm)):
+        one, hidden = flow.few(1), flow.few(windows)
+        for fold in folds(block, lambda: flow.run(index, one), head_dim_of(lm)):
             fold.apply(block, best_factors(block, fold, lambda: flow.run(index, hidden), form).factors)
 
     return prepare
