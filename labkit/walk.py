@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -187,8 +188,30 @@ def path_of(module: nn.Module, model: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller."""
-    return isinstance(module, (nn.Linear, *STORED)) or _is_conv1d(module)
+    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller.
+
+    A class derived from nn.Linear is one too unless it computes something else, as some routers do.
+    """
+    return (
+        (isinstance(module, nn.Linear) and _multiplies(type(module)))
+        or isinstance(module, STORED)
+        or _is_conv1d(module)
+    )
+
+
+@cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether a class that derives from nn.Linear computes x Wᵀ + b, tried out on a small one where it has its own forward."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    small, draw = kind.__new__(kind), torch.Generator().manual_seed(0)
+    nn.Linear.__init__(small, 4, 3, device="meta")
+    weight, bias, x = (torch.randn(shape, generator=draw) for shape in ((3, 4), (3,), (2, 4)))
+    small.weight, small.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    try:
+        return torch.allclose(small.forward(x), nn.functional.linear(x, weight, bias), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):  # it needs what only its own constructor sets, or returns more
+        return False
 
 
 def _is_conv1d(module: nn.Module) -> bool:
