@@ -434,21 +434,22 @@ class Flow:
         if index + 1 < len(self.stack):
             self.hidden = [self._pass(index, batch) for batch in range(len(self.hidden))]
 
-    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One block's output for hidden states of the calibration's first windows: (windows, length, width)."""
+    def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
+        """One block's output for hidden states of the calibration's first windows: (windows, length, width).
+
+        ``block``: another one that runs in its place.
+        """
+        block = self.stack[index] if block is None else block
         axis, start, outputs = self.inputs.axis, 0, []
-        for windows, call in self.inputs.pieces(index, hidden.shape[axis]):
-            outputs.append(self._call(index, hidden.narrow(axis, start, windows), call))
+        for windows, (args, kwargs) in self.inputs.pieces(index, hidden.shape[axis]):
+            outputs.append(hidden_of(block(hidden.narrow(axis, start, windows), *args, **kwargs)))
             start += windows
         return _joined(outputs, axis)
 
     def _pass(self, index: int, batch: int) -> torch.Tensor:
         """One block's output for a batch. What it leaves for later blocks is kept."""
-        return self._call(index, self.hidden[batch], self.inputs.calls[batch][index])
-
-    def _call(self, index: int, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
-        args, kwargs = call
-        return hidden_of(self.stack[index](hidden, *args, **kwargs))
+        args, kwargs = self.inputs.calls[batch][index]
+        return hidden_of(self.stack[index](self.hidden[batch], *args, **kwargs))
 
 
 def _joined(batches: list[torch.Tensor], axis: int) -> torch.Tensor:
