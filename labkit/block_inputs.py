@@ -32,15 +32,15 @@ class BlockInputs:
     """
 
     def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor):
-        """``calib``: what the batches will be of, for a look at its first two windows."""
+        """``calib``: what the batches will be of, for a look at its first window, once and twice."""
         self.model, self.stack = model, stack
         self.windows: list[int] = []  # in each batch
         self.calls: list[list[Call]] = []
         self.tuples, seen = self._look(calib[:1])
         first, one = self._record(calib[:1])
         self._compare(seen, one)
-        two, both = self._record(calib[:2])
-        self.axis = 0 if len(calib) == 1 else self._axis(first, two, "the first block's hidden states")
+        two, both = self._record(calib[:1].expand(2, -1))
+        self.axis = self._axis(first, two, "the first block's hidden states")
         self.axes = [self._axes(index, *calls) for index, calls in enumerate(zip(one, both))]
 
     def add(self, ids: torch.Tensor) -> torch.Tensor:

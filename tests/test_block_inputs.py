@@ -57,6 +57,14 @@ def test_hidden_states_are_those_of_the_model(family, in_twos):
 
 
 @torch.no_grad()
+def test_one_window_alone_says_where_windows_lie():
+    lm, expected = odd("Gemma3nText"), outputs(odd("Gemma3nText"))
+    flow = Flow(lm.model, blocks(lm.model), tokens(WINDOWS, LENGTH)[:1])
+    assert flow.inputs.axis == 1 and flow.few(1).shape == (4, 1, LENGTH, 64)
+    torch.testing.assert_close(flow.run(0, flow.few(None)), expected[0][0])
+
+
+@torch.no_grad()
 def test_what_fits_any_tokens_is_held_once(in_twos):
     llama, gemma = flow_of(tiny()).inputs, flow_of(odd("Gemma4Text")).inputs
     tables = [calls[index][1]["position_embeddings"] for calls in llama.calls for index in (0, 1)]
