@@ -93,7 +93,8 @@ def test_whoever_probes_on_a_few_windows_sees_both_texts(tiny_lm, monkeypatch, m
     monkeypatch.setattr(walk.Flow, "few", looked)
     monkeypatch.setattr(probe.Probe, "__init__", begun)
     method(tiny_lm, mixed, progress=False)
-    assert seen and all(s == [1, 2] or (isinstance(s, int) and s >= 2) for s in seen)
+    probed = [s for s in seen if s != 1]  # on one window folds are proved, and those hold on any
+    assert probed and all(s == [1, 2] or (isinstance(s, int) and s >= 2) for s in probed)
 
 
 @pytest.mark.model
