@@ -82,7 +82,7 @@ class BlockInputs:
                 raise self._refused(f"block {index} takes {_name(path)}, which cannot be divided into windows")
             return leaf.narrow(axis, 0, leaf.shape[axis] // windows * count)
 
-        return _mapped(call, cut)
+        return mapped(call, cut)
 
     # ------------------------------------------------------------------------------------------ recording
 
@@ -254,15 +254,15 @@ def _mutable(call: Call) -> Iterator[tuple]:
     return search(call, ())
 
 
-def _mapped(x, change, path: tuple = ()):
-    """The same with every value changed; containers are new."""
+def mapped(x, change, path: tuple = ()):
+    """The same with ``change(path, value)`` in place of every value; containers are new, so what blocks share is not."""
     if isinstance(x, Mapping):
         new = copy.copy(x)
         for name, part in x.items():
-            new[name] = _mapped(part, change, (*path, name))
+            new[name] = mapped(part, change, (*path, name))
         return new
     if isinstance(x, (tuple, list)):
-        parts = [_mapped(part, change, (*path, i)) for i, part in enumerate(x)]
+        parts = [mapped(part, change, (*path, i)) for i, part in enumerate(x)]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     return change(path, x)
 
