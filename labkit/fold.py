@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
+from labkit.block_inputs import mapped
 from labkit.walk import is_linear, set_weight, weight_of
 
 # The most that a rescaling may change a block's output, of the output itself and of what the readers add to it.
@@ -112,7 +112,7 @@ def in_float32(block: nn.Module) -> nn.Module:
 
 def _widen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hidden states, masks, rotary tables and all else that a block takes: what is in floats becomes fp32."""
-    return tree_map_only(torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+    return mapped((args, kwargs), lambda at, x: x.float() if torch.is_tensor(x) and x.is_floating_point() else x)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from labkit import heap
+from labkit.block_inputs import BlockInputs, hidden_of
 from labkit.linear import STORED, PackedLinear, SparseLinear, exact
 from labkit.progress import track
 
@@ -185,8 +187,30 @@ def path_of(module: nn.Module, model: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller."""
-    return isinstance(module, (nn.Linear, *STORED)) or _is_conv1d(module)
+    """nn.Linear, GPT-2's Conv1D (a transposed linear), or one of labkit's own that store something smaller.
+
+    A class derived from nn.Linear is one too unless it computes something else, as some routers do.
+    """
+    return (
+        (isinstance(module, nn.Linear) and _multiplies(type(module)))
+        or isinstance(module, STORED)
+        or _is_conv1d(module)
+    )
+
+
+@cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether a class that derives from nn.Linear computes x Wᵀ + b, tried out on a small one where it has its own forward."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    small, draw = kind.__new__(kind), torch.Generator().manual_seed(0)
+    nn.Linear.__init__(small, 4, 3, device="meta")
+    weight, bias, x = (torch.randn(shape, generator=draw) for shape in ((3, 4), (3,), (2, 4)))
+    small.weight, small.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    try:
+        return torch.allclose(small.forward(x), nn.functional.linear(x, weight, bias), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):  # it needs what only its own constructor sets, or returns more
+        return False
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -293,10 +317,6 @@ def unpack(block: nn.Module) -> None:
             block.set_submodule(name, take_place(module, module.weight))
 
 
-class _Stop(Exception):
-    """Ends a forward pass as soon as nothing more of it is needed."""
-
-
 class _Due(nn.Module):
     """Stands in for a linear: a batch that arrives waits until the linear is compressed, then goes through it."""
 
@@ -327,41 +347,16 @@ class Flow:
     """The hidden states between blocks, and the other arguments (masks, rotary tables) that each block takes.
 
     ``hidden``: batches (windows, length, width) of about ``BATCH`` tokens. Small ones, since what a block makes on its way
-    then stays in the processor's caches, and is never there for all the tokens at once.
+    then stays in the processor's caches, and is never there for all the tokens at once. Families that have several
+    streams put the windows along another axis, ``inputs.axis``. ValueError for a model that cannot be walked.
     """
 
     def __init__(self, model, stack: nn.ModuleList, calib: torch.Tensor):
         self.stack = stack
-        self.extra: list[tuple[tuple, dict]] = [((), {})] * len(stack)
-        self.hidden: list[torch.Tensor] = []
         self.unseen: dict[str, None] = {}  # linears that no token came to, in the order of the blocks
-        self._capture(model, calib[:1], everything=True)  # made for one window, these fit any number of them
-        for ids in calib.split(max(1, BATCH[calib.device.type != "cpu"] // calib.shape[1])):
-            self._capture(model, ids, everything=False)
-
-    def _capture(self, model, ids: torch.Tensor, everything: bool) -> None:
-        """Record block 0's input, or every block's other arguments."""
-
-        def record(index: int):
-            def hook(module, args, kwargs):
-                args, kwargs = list(args), dict(kwargs)
-                hidden = args.pop(0) if args else kwargs.pop("hidden_states")
-                if not everything:
-                    self.hidden.append(hidden)
-                    raise _Stop
-                self.extra[index] = (tuple(args), kwargs)
-
-            return hook
-
-        picked = range(len(self.stack)) if everything else range(1)
-        handles = [self.stack[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in picked]
-        try:
-            model.base_model(ids, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for h in handles:
-                h.remove()
+        batch = max(1, BATCH[calib.device.type != "cpu"] // calib.shape[1])
+        self.inputs = BlockInputs(model, stack, calib)
+        self.hidden = [self.inputs.add(ids) for ids in calib.split(batch)]
 
     def visit(
         self, index: int, statistic: str, each: Callable[[str, nn.Module, Stats], nn.Module]
@@ -374,7 +369,7 @@ class Flow:
         due = {name: _Due(name, module) for name, module in linears(block)}
         for name, stand_in in due.items():
             block.set_submodule(name, stand_in)
-        batches = [greenlet(lambda hidden=hidden: self.run(index, hidden)) for hidden in self.hidden]
+        batches = [greenlet(lambda batch=batch: self._pass(index, batch)) for batch in range(len(self.hidden))]
         for batch in batches:
             batch.gr_context = copy_context()  # what exact() has set holds in there too
         try:
@@ -429,15 +424,32 @@ class Flow:
 
     def few(self, windows: int | None) -> torch.Tensor:
         """The hidden states of the first windows, or of all (None): (windows, length, width), which :meth:`run` takes."""
-        return torch.cat(self.hidden[:windows])[:windows]
+        axis = self.inputs.axis
+        hidden = _joined(self.hidden[:windows], axis)
+        return hidden if windows is None else hidden.narrow(axis, 0, min(windows, hidden.shape[axis]))
 
     def advance(self, index: int) -> None:
         """Run the block as it is: its outputs are the next block's inputs. The last block's are not needed."""
         if index + 1 < len(self.stack):
-            self.hidden = [self.run(index, hidden) for hidden in self.hidden]
+            self.hidden = [self._pass(index, batch) for batch in range(len(self.hidden))]
 
     def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
-        """One block's output for hidden states (windows, length, width). ``block``: another one that runs in its place."""
-        args, kwargs = self.extra[index]
-        out = (self.stack[index] if block is None else block)(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        """One block's output for hidden states of the calibration's first windows: (windows, length, width).
+
+        ``block``: another one that runs in its place.
+        """
+        block = self.stack[index] if block is None else block
+        axis, start, outputs = self.inputs.axis, 0, []
+        for windows, (args, kwargs) in self.inputs.pieces(index, hidden.shape[axis]):
+            outputs.append(hidden_of(block(hidden.narrow(axis, start, windows), *args, **kwargs)))
+            start += windows
+        return _joined(outputs, axis)
+
+    def _pass(self, index: int, batch: int) -> torch.Tensor:
+        """One block's output for a batch. What it leaves for later blocks is kept."""
+        args, kwargs = self.inputs.calls[batch][index]
+        return hidden_of(self.stack[index](self.hidden[batch], *args, **kwargs))
+
+
+def _joined(batches: list[torch.Tensor], axis: int) -> torch.Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(batches, axis)

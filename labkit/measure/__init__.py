@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from labkit import coverage, heap
 from labkit.measure import memory, roofline, timing
@@ -48,7 +51,8 @@ def measure(
     scored, or 4 of 1,024 with 512 as the prompt where ``lm`` is under methods for the KV cache (give these three when you
     measure the uncompressed model beside it, so that both are scored on the same tokens). ``latency=False`` leaves the
     timing out, and ``engine=False`` all that needs the compiled model (see :func:`labkit.compile`): its time, and the KL
-    of what it computes. Both are left out, with a note, where a graph would not hold the weights packed.
+    of what it computes. Both are left out, with a note, where a graph would not hold the weights packed. So is what cannot
+    be timed or weighed of a model of another kind, such as one without attention.
     """
     check_model(lm)
     texts = (texts,) if isinstance(texts, (str, os.PathLike)) else texts
@@ -67,10 +71,18 @@ def measure(
             what = f"quality on {name}"
             found[str(name)] = quality(lm, ids, against, progress, what, reading.prompt, run)
             hashes[str(name)] = reading.fingerprint(ids)
-        eager = _latency(lm, against) if latency else None
-        as_graph = _as_graph(lm, graph, against) if latency and graph is not None else None
-        notes = (*notes, *_on_times(eager, as_graph, graph))
-        cached, tokens = memory.kv_bytes(lm)
+        notes, eager, as_graph = list(notes), None, None
+        with _or_a_note(notes, "Eager times are"):
+            eager = _latency(lm, against) if latency else None
+        with _or_a_note(notes, "Times as one graph are"):
+            as_graph = _as_graph(lm, graph, against) if latency and graph is not None else None
+        notes.extend(_on_times(eager, as_graph, graph))
+        cached = tokens = 0
+        with _or_a_note(notes, "The cache's bytes are"):
+            cached, tokens = memory.kv_bytes(lm)
+        if tokens and not cached:
+            again = " Each decoded token is timed with the whole text read again." if eager else ""
+            notes.append(f"{type(lm.model).__name__} hands back no cache, so that none is weighed.{again}")
     held = None if graph is None else graph.nbytes
     del graph, run
     heap.trim()
@@ -93,9 +105,21 @@ def measure(
         latency=eager,
         engine=as_graph,
         device=str(lm.device),
-        notes=list(notes),
+        notes=notes,
         texts=hashes,
     )
+
+
+@contextmanager
+def _or_a_note(notes: list[str], what: str) -> Iterator[None]:
+    """Where something inside cannot be measured on this model, say so and go on: the rest was long in the making."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a family's own code makes of a call that others take
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        notes.append(f"{what} left out: this model cannot be measured so ({type(error).__name__}: {brief(reason)}).")
 
 
 def _on_times(eager: Latency | None, as_graph: Latency | None, graph) -> Iterator[str]:

@@ -170,28 +170,42 @@ def release(*models) -> None:
 def hollow(lm) -> LanguageModel:
     """The hollow twin: the same class, layers, heads and formats, with random matrices of at most a few KB.
 
-    ValueError for a model that is not as its config says, or whose layers are packed in a way that cannot be repeated.
+    ValueError for a model that is not as its config says, that has other widths than most, or whose layers are packed in a
+    way that cannot be repeated.
     """
     config = copy.deepcopy(lm.model.config)
-    heads = config.num_attention_heads
-    if hasattr(config, "head_dim"):  # free of the hidden size
-        config.head_dim, hidden = HEAD, WIDTH
-    else:
-        hidden = heads * HEAD
-    for name in SIZES:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, hidden)
-    config.vocab_size, config.pad_token_id = TOKENS, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = type(lm.model)(config)
-    model.to(device=lm.device, dtype=lm.model.get_input_embeddings().weight.dtype).eval().requires_grad_(False)
+        try:
+            model = type(lm.model)(_shrunk(config))
+            model.to(device=lm.device, dtype=lm.model.get_input_embeddings().weight.dtype).eval().requires_grad_(False)
+            with torch.inference_mode():
+                model(torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
+        except Exception as error:  # whatever a family's constructor and forward make of such sizes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{type(lm.model).__name__} cannot be made small ({reason}): its steps cannot be taken apart."
+            ) from error
     twin = LanguageModel(model, lm.tokenizer, f"{lm.name}, hollow", lm.history)
     for block, empty in zip(blocks(lm.model), blocks(model), strict=True):
         for name, layer in linears(block):
             if hasattr(layer, "spec"):
                 empty.set_submodule(name, _like(layer, empty.get_submodule(name)))
     return twin
+
+
+def _shrunk(config):
+    """The config with small widths, changed in place."""
+    if hasattr(config, "head_dim"):  # free of the hidden size
+        config.head_dim, hidden = HEAD, WIDTH
+    else:
+        hidden = config.num_attention_heads * HEAD
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if size is not None:
+            setattr(config, name, [hidden] * len(size) if isinstance(size, (list, tuple)) else hidden)
+    config.vocab_size, config.pad_token_id = TOKENS, None
+    return config
 
 
 def _like(layer, empty) -> PackedLinear:

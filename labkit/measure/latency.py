@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from labkit import cache
-from labkit.measure import timing
+from labkit.measure import memory, timing
 from labkit.measure.measurement import Latency
 from labkit.walk import blocks, linears
 
@@ -50,7 +50,7 @@ def engine_latency(lm, graph, against=None, rounds: int = ROUNDS) -> Latency:
 
 
 def _room(lm) -> int:
-    return getattr(lm.model.config, "max_position_embeddings", None) or 1 << 20
+    return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
 def _timed(
@@ -85,17 +85,23 @@ def _timed(
 
 
 def gemv(lm) -> dict[str, float]:
-    """Microseconds of each kind of linear for one token, as decoding meets it: every block's in turn. Name -> median."""
-    stack = blocks(lm.model)
-    dtype = lm.model.get_input_embeddings().weight.dtype
-    found = {}
-    for name, first in linears(stack[0]):
-        layers = [block.get_submodule(name) for block in stack]
-        columns = first.weight.shape[0] if hasattr(first, "nf") else first.in_features  # GPT-2's weights are (in, out)
-        x = torch.randn(1, 1, columns, dtype=dtype, device=lm.device)
+    """Microseconds of each kind of linear for one token, as decoding meets it: every block's in turn. Name -> median.
 
-        def run(layers=layers, x=x):
-            for layer in layers:
+    Blocks may differ, as where a dense one comes before those of experts: each kind is timed in the blocks that have it.
+    """
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    kinds: dict[str, list] = {}
+    for block in blocks(lm.model):
+        for name, layer in linears(block):
+            kinds.setdefault(name, []).append(layer)
+    found = {}
+    for name, layers in kinds.items():
+        # GPT-2's weights are (in, out)
+        widths = [m.weight.shape[0] if hasattr(m, "nf") else m.in_features for m in layers]
+        inputs = {width: torch.randn(1, 1, width, dtype=dtype, device=lm.device) for width in widths}
+
+        def run(layers=layers, inputs=tuple(inputs[width] for width in widths)):
+            for layer, x in zip(layers, inputs):
                 layer(x)
 
         timed = timing.time_one(run, repeats=5, warmup=1, min_seconds=0.05, device=str(lm.device))
@@ -122,27 +128,66 @@ def prefill_run(lm, tokens: int):
 def decode_run(lm, context: int, steps: int):
     """Greedy decoding of ``steps`` tokens after a prompt of ``context``.
 
-    The cache is cut back to the prompt before each run. One that has evicted or rounded cannot be cut back: there the text
-    goes on, and begins again, from a copy of the cache, once it is ``GROWN`` tokens longer (rarely, so that a median of
-    many runs does not see it).
+    The cache is cut back to the prompt before each run. One that has evicted or rounded cannot be cut back, nor can a full
+    sliding window or a recurrent state: there the text goes on, and begins again, from a copy of the cache, once it is
+    ``GROWN`` tokens longer (rarely, so that a median of many runs does not see it). A model that hands back no cache reads
+    the whole text again for each token.
     """
     ids = _prompt(lm, context)
-    with torch.inference_mode():
-        out = lm.model(ids, use_cache=True, logits_to_keep=1)
-    begun, first = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    kept = begun if begun.is_croppable else copy.deepcopy(begun)
 
     @torch.inference_mode()
-    def run():
-        nonlocal kept
-        grown = kept.get_seq_length() - context
-        if grown and begun.is_croppable:
-            kept.crop(-grown)
-        elif grown > GROWN:
-            kept = copy.deepcopy(begun)
-        token = first
+    def read() -> tuple[torch.Tensor, dict]:
+        out = lm.model(ids, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1), memory.cache_of(out)
+
+    @torch.inference_mode()
+    def decode(token: torch.Tensor, kept: dict) -> dict:
         for _ in range(steps):
-            token = lm.model(token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1)
+            out = lm.model(token, use_cache=True, **kept)
+            token, kept = out.logits[:, -1:].argmax(-1), memory.cache_of(out)
+        return kept
+
+    first, begun = read()
+    if not begun:
+        return _reread_run(lm, ids, steps)
+    can_crop = getattr(begun.get("past_key_values"), "is_croppable", False)
+    if can_crop and not _crops(decode(first, begun), steps):
+        can_crop, (first, begun) = False, read()
+    kept = begun if can_crop else copy.deepcopy(begun)
+    grown = 0
+
+    def run():
+        nonlocal kept, grown
+        if can_crop:
+            if grown:
+                kept["past_key_values"].crop(-grown)
+            grown = 0
+        elif grown > min(GROWN, _room(lm) - context - steps):
+            kept, grown = copy.deepcopy(begun), 0
+        kept = decode(first, kept)
+        grown += steps
+
+    return run
+
+
+def _crops(kept: dict, tokens: int) -> bool:
+    """Cut the last tokens off a cache that says that this can be done. Whether it can; if not, the cache is spoiled."""
+    try:
+        kept["past_key_values"].crop(-tokens)
+    except (
+        RuntimeError
+    ):  # a sliding window that is full, or the states of convolutions, are not recorded unless asked for
+        return False
+    return True
+
+
+def _reread_run(lm, ids: torch.Tensor, steps: int):
+    @torch.inference_mode()
+    def run():
+        text = ids
+        for _ in range(steps):
+            token = lm.model(text, use_cache=False, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            text = torch.cat([text, token], 1)
 
     return run
 

@@ -163,7 +163,8 @@ def _memory_rows(found: Measurement) -> Rows:
         rows.append(("decoder's weights compressed", f"{100 * m.compressed:.0f}", f"%, all but {', '.join(m.left)}"))
     if m.engine is not None:
         rows.append(("weights as one graph", f"{m.engine / 1e6:,.1f}", "MB, head and embedding at 8 bits"))
-    rows.append((f"KV cache of {m.kv_tokens:,} tokens", f"{m.kv_bytes / 1e6:,.1f}", "MB"))
+    if m.kv_tokens:  # else it could not be weighed
+        rows.append((f"KV cache of {m.kv_tokens:,} tokens", f"{m.kv_bytes / 1e6:,.1f}", "MB"))
     if m.peak is not None:
         rows.append(("peak of the process", f"{m.peak / 1e6:,.0f}", "MB, while measuring, with both models"))
     return rows
@@ -190,5 +191,5 @@ def _latency_rows(found: Measurement) -> Rows:
         each = found.latency.gemv_us
         slowest = max(each, key=each.get)
         what = f"µs for one token; the slowest is {slowest}: {each[slowest]:.0f}"
-        rows.append(("linears of one block", f"{sum(each.values()):.0f}", what))
+        rows.append(("one linear of each kind", f"{sum(each.values()):.0f}", what))
     return rows

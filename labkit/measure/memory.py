@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from labkit.linear import exact
 from labkit.walk import blocks, is_linear
 
 KV_TOKENS = 1000  # the length at which a cache is weighed
+CACHES = ("past_key_values", "cache_params", "state")  # what families call what they keep of a text
 
 
 def held(module: torch.nn.Module) -> int:
@@ -41,10 +43,10 @@ def kv_per_token(lm, tokens: int | None = None) -> int:
         tokens = min(256 if cache.methods_of(lm.model) else 16, room // 2)
     ids = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
     with torch.inference_mode():
-        kept = lm.model(ids, use_cache=True).past_key_values
-        short = cache_bytes(kept)
-        kept = lm.model(ids, past_key_values=kept, use_cache=True).past_key_values
-    return (cache_bytes(kept) - short) // tokens
+        kept = cache_of(lm.model(ids, use_cache=True))
+        short = cache_bytes(*kept.values())
+        kept = cache_of(lm.model(ids, use_cache=True, **kept))
+    return (cache_bytes(*kept.values()) - short) // tokens
 
 
 def kv_bytes(lm, tokens: int = KV_TOKENS) -> tuple[int, int]:
@@ -57,20 +59,34 @@ def kv_bytes(lm, tokens: int = KV_TOKENS) -> tuple[int, int]:
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(tokens, device=lm.device)[None] * 7 % vocabulary
     with torch.inference_mode(), exact():  # no kernels are built for this one forward
-        return cache_bytes(lm.model(ids, use_cache=True, logits_to_keep=1).past_key_values), tokens
+        return cache_bytes(*cache_of(lm.model(ids, use_cache=True, logits_to_keep=1)).values()), tokens
 
 
-def cache_bytes(kept) -> int:
-    """Bytes that a transformers cache holds: keys and values, and what a policy or a quantizer keeps beside them.
+def cache_of(out) -> dict[str, object]:
+    """What a model's output keeps of the text that was read, under the name by which the next call takes it; or nothing."""
+    return {name: kept for name in CACHES if (kept := getattr(out, name, None)) is not None}
+
+
+def cache_bytes(*kept) -> int:
+    """Bytes that transformers' caches hold: keys and values, states, what a policy or a quantizer keeps beside them.
 
     Whole storages are counted, each once: a tensor that is a view of a larger one holds all of that.
     """
     storages = {}
-    for layer in kept.layers:
-        tensors = layer.held() if hasattr(layer, "held") else (layer.keys, layer.values)
+    for layer in (layer for one in kept for layer in getattr(one, "layers", [one])):
+        tensors = layer.held() if hasattr(layer, "held") else _inside(getattr(layer, "__dict__", layer))
         for storage in (t.untyped_storage() for t in tensors if t is not None):
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _inside(x) -> Iterator[torch.Tensor]:
+    """The tensors in dictionaries and lists."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (Mapping, list, tuple)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _inside(part)
 
 
 class Peak:

@@ -269,7 +269,9 @@ class Shape:
         head = linears.pop(id(module.get_output_embeddings()), None)
         if head is None:
             raise ValueError(f"{type(module).__name__} has no output layer: this is not a language model.")
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads:
+            raise ValueError(f"{type(module).__name__} has no attention heads: its work is not modelled.")
         return cls(
             linears=tuple(linears.values()),
             head=head,

@@ -150,6 +150,8 @@ def precision(bits: int) -> str:
 
 def _cache(before, after) -> str:
     """What the KV cache holds, where that is not what the uncompressed model's holds at the same length."""
+    if not (after.kv_tokens and before.kv_bytes):  # a model whose cache could not be weighed, or that has none
+        return ""
     held = f", and the KV cache of {after.kv_tokens:,} tokens holds {short(after.kv_bytes / 1e6)} MB"
     if after.kv_tokens != before.kv_tokens:
         return f"{held} (the uncompressed model's was weighed at {before.kv_tokens:,} tokens)"

@@ -56,7 +56,7 @@ class Product(Decoded):
             run(begin)
         for other in waiting:
             other.result()
-        return y.T
+        return y.T.contiguous()  # as nn.Linear's is: Llama 4 reads neighbouring channels as complex numbers
 
     def _piece(self, x, y: torch.Tensor, step: int, begin: int) -> None:
         end = min(begin + step, self.shape[0])

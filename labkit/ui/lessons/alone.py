@@ -52,7 +52,7 @@ class Alone:
         """One Cost for each block and method; ``blocks=None``: every block of the model."""
         found = []
         for block in track(range(len(self.inputs.stack)) if blocks is None else blocks, "blocks", show=False):
-            layers = {kind: self.inputs.stack[block].get_submodule(kind) for kind in self.inputs.kinds}
+            layers = {kind: self.inputs.stack[block].get_submodule(kind) for kind in self.inputs.read(block)}
             for method in methods:
                 pruned = {}
                 for kind, layer in layers.items():

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from labkit import heap, text
 from labkit.fold import folds, head_dim_of
@@ -25,7 +24,8 @@ from labkit.progress import track
 from labkit.quantize import AWQGPTQ, GPTQ, RTN, SmoothQuant
 from labkit.ui import need, plots, words
 from labkit.ui.table import Table
-from labkit.walk import Flow, blocks
+from labkit.walk import Flow, blocks, is_linear, linears
+from labkit.walk import blocks as blocks_of
 
 go = need("plotly.graph_objects")
 
@@ -49,7 +49,10 @@ class Outcome:
 
 
 class Damage:
-    """Measures methods on a model; with ``blocks``, the first blocks are compressed and the others stay as they are."""
+    """Measures methods on a model; with ``blocks``, the first blocks are compressed and the others stay as they are.
+
+    Of a model with fewer blocks than that all are compressed.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,8 @@ class Damage:
         length: int = 512,
         evaluation: tuple[int, int] = (2, 512),
     ):
-        self.lm, self.blocks, self.windows, self.length = lm, blocks, windows, length
+        self.lm, self.windows, self.length = lm, windows, length
+        self.blocks = blocks and min(blocks, len(blocks_of(lm.model)))
         self.texts = {name: text.evaluation(lm, *evaluation, name) for name in TEXTS}
         self._expected: dict[tuple, torch.Tensor] = {}  # the uncompressed model's log-probabilities, computed once
 
@@ -170,17 +174,20 @@ def with_outlier(lm, factor: float = OUTLIER, count: int | None = None):
     """The same function with one outlier in each norm's output: the channel with the largest gain, ``factor`` times larger.
 
     The linears that read it have that column divided by as much, so the model's predictions stay what they were. ``count``:
-    only in the first blocks.
+    only in the first blocks. Blocks with other linears than the first one's are left as they are.
     """
     odd = lm.copy()
     stack = blocks(odd.model)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     flow = Flow(odd.model, stack, torch.arange(32, device=lm.device)[None] * 7 % vocabulary)
     found = folds(stack[0], lambda block: flow.run(0, flow.hidden[0], block), head_dim_of(lm))
+    alike = dict(linears(stack[0])).keys()
     for block in stack[:count]:
+        if dict(linears(block)).keys() != alike:  # of another kind, where other places fold
+            continue
         for fold in found:
             source = block.get_submodule(fold.source)
-            if not isinstance(source, nn.Linear):
+            if not is_linear(source):
                 factors = torch.ones_like(source.weight, dtype=torch.float32)
                 factors[(source.weight + fold.offset).abs().argmax()] = 1 / factor
                 fold.apply(block, factors)

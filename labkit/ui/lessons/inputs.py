@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,11 +14,21 @@ from labkit.linear import exact
 from labkit.walk import Flow, blocks, linears, weight_of
 
 
+def kinds_of(stack: Sequence[nn.Module]) -> tuple[str, ...]:
+    """The paths of the linears that every block has, in the first one's order. ValueError where there is none."""
+    first, *others = ([name for name, _ in linears(block)] for block in stack)
+    shared = tuple(name for name in first if all(name in other for other in others))
+    if not shared:
+        raise ValueError("No linear layer is in all blocks of this model: choose one whose blocks are more alike.")
+    return shared
+
+
 class Inputs:
     """The inputs of every linear layer for token windows ids (windows, length).
 
     Only the hidden states between blocks are kept; a layer's input is computed when it is asked for, and those of the
     newest blocks are remembered. Works on a copy of the modules: searches that swap weights for a moment never touch ``lm``.
+    ``kinds``: the layers that all blocks have.
     """
 
     @exact()
@@ -26,7 +37,7 @@ class Inputs:
         self.lm = lm.copy()
         self.stack = blocks(self.lm.model)
         self.lock = threading.RLock()  # a slider's worker and the notebook's own thread may ask at once
-        self.kinds = tuple(name for name, _ in linears(self.stack[0]))
+        self.kinds = kinds_of(self.stack)
         self.flow = Flow(self.lm.model, self.stack, ids.to(lm.device))
         self._hidden = []
         for index in range(len(self.stack)):
@@ -49,6 +60,11 @@ class Inputs:
     def of(self, block: int, kind: str) -> torch.Tensor:
         """The layer's input, fp32 (tokens, in)."""
         return self._of(block)[kind]
+
+    def read(self, block: int) -> list[str]:
+        """The layers of one block that read something: not an expert to which no token came."""
+        seen = self._of(block)
+        return [name for name, _ in linears(self.stack[block]) if name in seen]
 
     def _read(self, block: int) -> dict[str, torch.Tensor]:
         """The inputs of all linears of a block; those that read the same tensor share it."""

@@ -12,14 +12,17 @@ from labkit.measure import timing
 from labkit.measure.latency import prefill_run
 from labkit.ui import words
 from labkit.ui.table import Table
-from labkit.walk import blocks, weight_of
+from labkit.walk import blocks, linears, weight_of
 
 
-def layer(
-    lm, kind: str = "mlp.up_proj", block: int = 0, tokens: Sequence[int] = (1, 32, 512), rounds: int = 7
-) -> Table:
-    """A layer's product in fp32, in bf16, and in int8 with activations rounded on the way; the error is in the views."""
-    weight = weight_of(blocks(lm.model)[block].get_submodule(kind)).detach().float()
+def layer(lm, kind: str | None = None, block: int = 0, tokens: Sequence[int] = (1, 32, 512), rounds: int = 7) -> Table:
+    """A layer's product in fp32, in bf16, and in int8 with activations rounded on the way; the error is in the views.
+
+    ``kind``: the layer's path in the block, by default :func:`widest`.
+    """
+    module = blocks(lm.model)[block]
+    kind = widest(module) if kind is None else kind
+    weight = weight_of(module.get_submodule(kind)).detach().float()
     draw = torch.Generator().manual_seed(0)
     packed, half, rows = W8A8Linear(weight), weight.bfloat16(), []
     for count in tokens:
@@ -34,6 +37,12 @@ def layer(
         rows.append((f"{count}", *cells, _speed(found, "bf16"), _speed(found, "int8")))
     head = ("tokens", "fp32, µs", "bf16, µs", "int8 × int8, µs", "speed of bf16, fp32 = 1", "speed of int8")
     return Table(head, tuple(rows), f"{kind}, {weight.shape[0]} × {weight.shape[1]}: medians, measured in turns")
+
+
+def widest(block: nn.Module) -> str:
+    """The path of the linear with the most outputs, the last of several: ``mlp.up_proj`` in a Llama."""
+    outputs = {name: len(weight_of(module)) for name, module in linears(block)}
+    return max(reversed(outputs), key=outputs.get)
 
 
 def prefill(models: dict, tokens: int = 512, rounds: int = 3) -> Table:

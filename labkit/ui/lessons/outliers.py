@@ -23,6 +23,7 @@ from labkit.ui import heat, need, theme, words
 from labkit.ui.lessons.inputs import Inputs
 from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
+from labkit.walk import is_linear
 
 go = need("plotly.graph_objects")
 
@@ -51,8 +52,8 @@ class Outliers:
         """The layers whose inputs can be smoothed together with this one's, since a norm makes them; else None."""
         for fold in self.calibration.folds(0):  # the blocks of a decoder are alike
             source = self.calibration.stack[0].get_submodule(fold.source)
-            if kind in fold.readers and not isinstance(source, nn.Linear):
-                return fold.readers
+            if kind in fold.readers and not is_linear(source):
+                return tuple(reader for reader in fold.readers if reader in self.kinds)
         return None
 
     def factors(self, block: int, kind: str, alpha: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from labkit.progress import track
 from labkit.quantize import RTN
 from labkit.quantize.common import format_of
 from labkit.ui import need, theme, words
+from labkit.ui.lessons.inputs import kinds_of
 from labkit.ui.table import Table
 from labkit.ui.theme import axis, layout
 from labkit.walk import blocks, is_linear, weight_of
@@ -67,12 +68,15 @@ class Point:
 
 
 class Rounding:
-    """A model's linear layers under any number format. What was computed for a format is remembered."""
+    """A model's linear layers under any number format. What was computed for a format is remembered.
+
+    ``kinds``: the layers that all blocks have, which errors are measured on; bits are counted over all layers.
+    """
 
     def __init__(self, lm, rows: int = ROWS):
         self.lm = lm
         self._blocks = [{name: m for name, m in block.named_modules() if is_linear(m)} for block in blocks(lm.model)]
-        self.kinds = tuple(self._blocks[0])
+        self.kinds = kinds_of(blocks(lm.model))
         self._some = [
             {kind: w[:: max(1, len(w) // rows)][:rows].clone() for kind, w in self._weights(b)}
             for b in range(len(self._blocks))
