@@ -46,7 +46,7 @@ def attend_eagerly(module, query, key, value, attention_mask, scaling=None, kv=N
 
 
 def _attend(compute, module, query, key, value, attention_mask, scaling, kv, **kwargs):
-    layer = None if kv is None else kv.layer(module.layer_idx)
+    layer = None if kv is None else kv.attending()
     if kv is not None and kv.seen is not None:
         kv.seen.append((attention_mask, query))
     if layer is not None:

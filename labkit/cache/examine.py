@@ -40,6 +40,7 @@ class Findings:
         return tuple(tuple(moved.get(id(t)) for t in pair) for pair in self.turning)
 
 
+PLAIN = Findings()
 _known: dict[tuple, Findings | str] = {}  # by what the answer depends on: a model's code and shape, not its weights
 
 
@@ -83,8 +84,8 @@ def signature(model) -> tuple:
 def _examine(decoder, stack, evicts: bool, turns: bool) -> Findings:
     found = Findings(*_kinds(decoder, evicts))
     ids = 1 + torch.arange(PROMPT, device=next(decoder.parameters()).device)[None]
-    expected = _states(decoder, ids, use_cache=False)
-    cache = _watched(decoder, found, evicts)
+    theirs, cache = DynamicCache(config=decoder.config), _watched(decoder, found, evicts)
+    _states(decoder, ids[:, :-1], theirs)
     _states(decoder, ids[:, :-1], cache)
     held = [layer for layer in cache.layers if hasattr(layer, "waiting") and layer.seen]
     if not held:
@@ -95,15 +96,15 @@ def _examine(decoder, stack, evicts: bool, turns: bool) -> Findings:
             "cache method can watch it"
         )
     if evicts and len(cache.seen) > len(held):
-        raise ValueError("some of its layers read the keys of another layer, which may have been evicted there")
+        raise ValueError("it computes more than one attention over the keys of a layer, which the first one may evict")
     for layer in held if evicts else ():
         layer.whole = False  # as after an eviction: from here on our masks count
-    last = _states(decoder, ids[:, -1:], cache)[:, 0]
-    if any(_biased(mask) for mask, _ in cache.seen):
+    expected, last = (_states(decoder, ids[:, -1:], c) for c in (theirs, cache))
+    if evicts and any(_biased(mask) for mask, _ in cache.seen):
         raise ValueError("it adds a bias to its attention that depends on where tokens are, which an eviction moves")
     dense = last.dtype == torch.float32 and not any(isinstance(m, STORED) for m in decoder.modules())
-    if not float((last - expected[:, -1]).norm() / expected[:, -1].norm()) < (EXACT if dense else ROUNDED):
-        raise ValueError("read through a cache that keeps everything, it does not say what it says without one")
+    if not float((last - expected).norm() / expected.norm()) < (EXACT if dense else ROUNDED):
+        raise ValueError("read through a cache that keeps everything, it does not say what it says with its own")
     return replace(found, turning=_turning(decoder, stack, found)) if turns else found
 
 
@@ -142,13 +143,13 @@ def _biased(mask: torch.Tensor | None) -> bool:
     return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
 
 
-def _states(decoder, ids: torch.Tensor, cache=None, **more) -> torch.Tensor:
+def _states(decoder, ids: torch.Tensor, cache, **more) -> torch.Tensor:
     """The last hidden states (batch, tokens, width) of ids (batch, tokens), read after what is in the cache."""
-    if cache is not None:
+    if hasattr(cache, "begin"):
         cache.begin(ids, None)
-        more |= {"past_key_values": cache, "kv": cache, "use_cache": True}
-    try:
-        return decoder.forward(input_ids=ids, **more)[0]  # not a call: the hook that is under way makes no cache of its own
+        more |= {"kv": cache}
+    try:  # not by a call: the hook of a forward that is under way would hand over a cache of its own
+        return decoder.forward(input_ids=ids, past_key_values=cache, use_cache=True, **more)[0]
     except Exception as error:  # whatever its code raises
         raise ValueError(f"it does not run with a cache that can be replaced ({_reason(error)})") from error
 
@@ -167,7 +168,10 @@ def _turning(decoder, stack, found: Findings) -> tuple[tuple[Turning | None, Tur
         _states(decoder, ids, cache, position_ids=places[:, None])
     finally:
         handle.remove()
-    if misfit(entered[0].float(), places, None) > CLOSE:  # learned positions: what is cached cannot be turned
+    streams = entered[0].movedim(entered[0].shape.index(len(places)), 0)  # Gemma 3n's blocks take several at once
+    if (
+        misfit(streams.flatten(1)[:, None].float(), places, None) > CLOSE
+    ):  # learned positions: nothing cached can be turned
         return ()
     if any(misfit(query[:, :, 0].float().norm(dim=-1, keepdim=True), places, None) > CLOSE for _, query in cache.seen):
         raise ValueError("its queries grow with their true place in the text, so a shortened text is not read the same")

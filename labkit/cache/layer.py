@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 
 from labkit.cache.attend import Step, visible
 from labkit.cache.base import CachePolicy
-from labkit.cache.examine import Findings
+from labkit.cache.examine import PLAIN, Findings
 from labkit.cache.rotary import Turning, cos_sin, turn
 from labkit.cache.store import Plain, ranked, select, writable
 
@@ -22,7 +22,7 @@ class KVCache(Cache):
     without a policy.
     """
 
-    def __init__(self, methods: tuple, model, found: Findings = Findings()):
+    def __init__(self, methods: tuple, model, found: Findings = PLAIN):
         super().__init__(layers=[])
         self.methods, self.found = methods, found
         self.policy = next((m for m in methods if isinstance(m, CachePolicy)), None)
@@ -36,6 +36,7 @@ class KVCache(Cache):
         self.padded = False  # some of the new tokens are padding
         self.limit: int | torch.Tensor | None = None  # what budget() found after the prompt
         self.seen: list | None = None  # while a model is examined: the masks and queries of its attention
+        self.latest: KVLayer | None = None  # that was updated, while its attention is not computed
         self._gap: tuple | None = None
 
     def _empty(self) -> list:
@@ -49,10 +50,10 @@ class KVCache(Cache):
             rank += 1
         return layers
 
-    def layer(self, index: int) -> KVLayer | None:
-        """The keys and values of a block, or None where they are another block's."""
-        layer = self.layers[index]
-        return layer if isinstance(layer, KVLayer) else None
+    def attending(self) -> KVLayer | None:
+        """The layer that was handed keys and whose attention comes now; None: this one reads another layer's keys again."""
+        layer, self.latest = self.latest, None
+        return layer
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A forward with new tokens (batch, new, ...) begins. Gives their rotary positions where the model's own do not do."""
@@ -72,7 +73,8 @@ class KVCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         while len(self.layers) <= layer_idx:
             self.layers.append(KVLayer(self, len(self.layers), len(self.layers)))
-        return self.layers[layer_idx].update(key_states, value_states)
+        self.latest = self.layers[layer_idx]
+        return self.latest.update(key_states, value_states)
 
     def closed(self, x: torch.Tensor, position: torch.Tensor, turning: Turning) -> torch.Tensor:
         """Turned keys (batch, kv_heads, tokens, width) as if the tokens that are left, (batch, 1, tokens), were all."""
