@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from labkit.cache.base import MOST, CacheMethod, CachePolicy
 from labkit.cache.rotary import CLOSE, Turning, fit, frequencies, misfit
-from labkit.linear import STORED
+from labkit.linear import STORED, exact
 
 PROMPT = 6  # tokens of the text that is read, whose last one comes through the cache
 PLACES = (0, 1, 2, 3, 5, 11, 47, 180, 700, 2500)  # where one token is put to see how it is turned
@@ -57,7 +57,7 @@ def examine(model, decoder, stack, methods: tuple[CacheMethod, ...]) -> Findings
         training = decoder.training
         decoder.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), exact():  # no kernels are built for a few tokens
                 _known[key] = _examine(decoder, stack, evicts, turns)
         except ValueError as error:
             _known[key] = str(error)
