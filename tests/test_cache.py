@@ -10,7 +10,7 @@ import labkit
 from labkit.cache import H2O, KIVI, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM, methods_of, read
 from labkit.cache import layer as layers
 from labkit.cache.layer import KVCache
-from labkit.cache.rotary import cos_sin, fit, frequencies, turn
+from labkit.cache.rotary import cos_sin
 from labkit.measure import latency, memory
 from labkit.method import Recipe
 from labkit.quantize import RTN
@@ -109,6 +109,14 @@ def test_streaming_reads_a_short_text(family, monkeypatch):
             assert torch.allclose(found[:, step], lm.model(short).logits[:, -1], atol=1e-4)
     assert cache.get_seq_length() == 60
     assert 59 - turns[-1] == budget  # the last query is no further from the first token than the budget
+
+
+def test_rotary_that_depends_on_the_length_is_refused():
+    lm = tiny()
+    lm.model.base_model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="StreamingLLM .*LlamaForCausalLM.*dynamic.*cannot be moved"):
+        StreamingLLM(budget=16)(lm)
+    H2O(budget=16)(lm)  # keys keep their places
 
 
 def test_sliding_window_of_the_model_still_holds():
@@ -316,6 +324,8 @@ def test_foreign_caches_masks_and_attention_are_refused():
     eager.model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="'eager'.*'sdpa'"):
         RecentKV(budget=16)(eager)
+    eager.model.set_attn_implementation("sdpa")  # as it says
+    assert torch.equal(write(RecentKV(budget=16)(eager), ids)[1], write(small, ids)[1])
     cache = small.model(ids).past_key_values
     with pytest.raises(RuntimeError, match="attention implementation"):
         lm.model(ids[:, :1], past_key_values=cache)

@@ -57,7 +57,7 @@ def examine(model, decoder, stack, methods: tuple[CacheMethod, ...]) -> Findings
         training = decoder.training
         decoder.eval()
         try:
-            with torch.no_grad(), exact():  # no kernels are built for a few tokens
+            with torch.inference_mode(False), torch.no_grad(), exact():  # no kernels are built for a few tokens
                 _known[key] = _examine(decoder, stack, evicts, turns)
         except ValueError as error:
             _known[key] = str(error)

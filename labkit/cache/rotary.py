@@ -68,7 +68,7 @@ def frequencies(model) -> list[torch.Tensor]:
                     "to new positions"
                 )
             if not any(torch.equal(angles.float(), other) for other in found):
-                found.append(angles.float())
+                found.append(angles.detach().float().clone())
     return found
 
 
