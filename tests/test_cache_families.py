@@ -196,6 +196,16 @@ def test_what_an_eviction_would_break_is_refused(name):
         assert torch.allclose(found, expected, atol=1e-4)
 
 
+def test_the_advice_to_a_family_without_sdpa_can_be_followed():
+    lm = make("Gemma2", WATCHED["Gemma2"])
+    expected = steps(H2O(budget=12)(lm), ids(), 30)[0]
+    lm.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"flash_attention_2.*call model.set_attn_implementation\('eager'\) first"):
+        H2O(budget=12)(lm)
+    lm.model.set_attn_implementation("eager")
+    assert torch.equal(steps(H2O(budget=12)(lm), ids(), 30)[0], expected)
+
+
 def test_only_what_turns_keys_minds_angles_that_change():
     lm = make("Llama", GQA | {"rope_parameters": LONG | {"original_max_position_embeddings": 128}})
     with pytest.raises(ValueError, match="StreamingLLM .*LlamaForCausalLM.*longrope"):

@@ -25,7 +25,7 @@ def take_over(model, decoder) -> None:
     Raises ValueError where it is neither sdpa, nor the eager one of a family that has no sdpa (its own code is run then).
     """
     kernel = decoder.config._attn_implementation
-    other = "sdpa" if decoder._supports_sdpa else "eager"
+    other = "sdpa" if model._supports_sdpa else "eager"
     if kernel not in (other, *NAMES.values()):
         raise ValueError(
             f"{type(model).__name__} computes its attention with {kernel!r}; cache methods need {other!r}: "

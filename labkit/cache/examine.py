@@ -150,6 +150,8 @@ def _states(decoder, ids: torch.Tensor, cache, **more) -> torch.Tensor:
         more |= {"kv": cache}
     try:  # not by a call: the hook of a forward that is under way would hand over a cache of its own
         return decoder.forward(input_ids=ids, past_key_values=cache, use_cache=True, **more)[0]
+    except torch.OutOfMemoryError:  # of this machine, at this time
+        raise
     except Exception as error:  # whatever its code raises
         raise ValueError(f"it does not run with a cache that can be replaced ({_reason(error)})") from error
 
@@ -169,9 +171,8 @@ def _turning(decoder, stack, found: Findings) -> tuple[tuple[Turning | None, Tur
     finally:
         handle.remove()
     streams = entered[0].movedim(entered[0].shape.index(len(places)), 0)  # Gemma 3n's blocks take several at once
-    if (
-        misfit(streams.flatten(1)[:, None].float(), places, None) > CLOSE
-    ):  # learned positions: nothing cached can be turned
+    moved = misfit(streams.flatten(1)[:, None].float(), places, None)
+    if moved > CLOSE:  # learned positions: what is cached cannot be turned
         return ()
     if any(misfit(query[:, :, 0].float().norm(dim=-1, keepdim=True), places, None) > CLOSE for _, query in cache.seen):
         raise ValueError("its queries grow with their true place in the text, so a shortened text is not read the same")
