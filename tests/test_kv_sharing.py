@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny
+from tiny_models import FAMILIES, Letters, tiny
 
 import labkit
 from labkit.cache import RecentKV
 from labkit.cache.sharing import AttentionShape, FewerKVHeads, MultiHeadLatentAttention, catalogue, kv_bytes
 from labkit.measure import memory, roofline
+from labkit.model import LanguageModel
 from labkit.quantize import RTN
 
 # --- bytes from shapes ---------------------------------------------------------------------------
@@ -216,9 +220,23 @@ def repeated(lm, small):
             times = old.out_features // new.out_features
             for part in ("weight", "bias"):
                 if (rows := getattr(new, part)) is not None:
-                    rows = rows.unflatten(0, (-1, block.self_attn.head_dim)).repeat_interleave(times, 0).flatten(0, 1)
-                    setattr(old, part, torch.nn.Parameter(rows, requires_grad=False))
+                    setattr(old, part, spread(rows, block.self_attn.head_dim, times))
+        for name, old in block.self_attn.named_modules():
+            if name.startswith("k_") and "norm" in name and isinstance(getattr(old, "weight", None), torch.Tensor):
+                index = name.rpartition(".")[2]  # of StableLM's list: all heads' norms in one group are the same
+                single = name.replace(f".{index}", f".{int(index) // times}") if index.isdigit() else name
+                new = pooled.self_attn.get_submodule(single)
+                same = old.weight.shape == new.weight.shape
+                old.weight = new.weight if same else spread(new.weight.flatten(), block.self_attn.head_dim, times)
+                if not same:
+                    old.weight = torch.nn.Parameter(old.weight.view(-1, *new.weight.shape[1:]), requires_grad=False)
     return made
+
+
+def spread(rows, head_dim, times):
+    """Rows (heads * head_dim, ...), each head ``times`` times over."""
+    rows = rows.unflatten(0, (-1, head_dim)).repeat_interleave(times, 0).flatten(0, 1)
+    return torch.nn.Parameter(rows, requires_grad=False)
 
 
 def test_heads_that_are_alike_lose_nothing():
@@ -248,6 +266,81 @@ def test_it_composes_is_saved_and_is_compiled(tmp_path):
     compiled.prefill(ids[:, :20])
     steps = torch.stack([compiled.decode(int(t)).flatten().clone() for t in ids[0, 20:]])
     assert torch.allclose(steps, expected[0, 20:], atol=1e-4)
+
+
+GQA = FAMILIES["Qwen2"] | {"pad_token_id": 0}
+NORMED = {  # what the keys' norm has for each head
+    "Olmo2": GQA,  # numbers in one vector
+    "Cohere": GQA | {"use_qk_norm": True},  # a row
+    "StableLm": GQA | {"qk_layernorm": True},  # a norm of its own; and the attention keeps the number of heads
+    "Qwen3": GQA | {"head_dim": 16},  # nothing: one norm serves all
+}
+
+
+@pytest.mark.parametrize("pool", ["mean", "first"])
+@pytest.mark.parametrize("family", NORMED)
+def test_norms_of_all_heads_are_pooled_too(family, pool, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**NORMED[family])
+    lm = LanguageModel(transformers.AutoModelForCausalLM.from_config(config).eval(), Letters(), family)
+    for name, parameter in lm.model.requires_grad_(False).named_parameters():
+        if "k_norm" in name or "k_layernorm" in name:
+            parameter.data.uniform_(0.5, 2)
+    ids = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(0))
+    small = FewerKVHeads(kv_heads=1, pool=pool)(lm, progress=False)
+    alike = repeated(lm, small)
+    expected = alike.model(ids).logits
+    assert torch.allclose(small.model(ids).logits, expected, atol=1e-5)
+    again = FewerKVHeads(kv_heads=1, pool=pool)(alike, progress=False)  # heads that are alike lose nothing
+    assert torch.allclose(again.model(ids).logits, expected, atol=1e-5)
+    assert not torch.allclose(lm.model(ids).logits, expected, atol=1e-4)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: lm.tokenizer)
+    small.save(tmp_path / "saved")
+    assert torch.allclose(labkit.load(tmp_path / "saved", device="cpu").model(ids).logits, expected, atol=1e-5)
+
+
+def test_blocks_without_keys_are_left_and_shared_keys_are_counted():
+    """A convolution beside attention (LFM2), and blocks that read the keys of another one (Gemma 3n)."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+    more = {"head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16}
+    more |= {"vocab_size_per_layer_input": 96, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4}
+    conv = {"layer_types": ["conv", "full_attention"], "block_ff_dim": 96, "block_auto_adjust_ff_dim": False}
+    for family, spec in (("Lfm2", GQA | conv), ("Gemma3nText", GQA | kinds | more)):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**spec)).eval()
+        lm = LanguageModel(model.requires_grad_(False), Letters(), family)
+        small = FewerKVHeads(kv_heads=1)(lm, progress=False)
+        with torch.inference_mode():
+            kept = small.model(torch.ones(2, 12, dtype=torch.long), use_cache=True).past_key_values
+        assert {layer.keys.shape[1] for layer in kept.layers if getattr(layer, "keys", None) is not None} == {1}
+
+
+def test_what_would_not_run_is_refused_when_it_is_applied(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    plain = LlamaAttention.forward
+
+    def fixed(self, hidden_states, *args, **kwargs):
+        assert self.k_proj.out_features == 32, "two heads, whatever the configuration says"
+        return plain(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", fixed)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not run with its KV heads merged .two heads"):
+        FewerKVHeads(kv_heads=1)(tiny(), progress=False)
+
+
+def test_the_notebook_says_why_a_model_has_nothing_to_merge():
+    kv_models = pytest.importorskip("labkit.ui.lessons.kv_models")
+    kv_codes = pytest.importorskip("labkit.ui.lessons.kv_codes")
+    lm = tiny("GPT2")
+    assert "GPT2LMHeadModel has no KV heads" in kv_models.merged(lm, None, FewerKVHeads(kv_heads=1))
+    windows = torch.randint(1, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    assert kv_models.merged(tiny(), windows, FewerKVHeads(kv_heads=1)).kl > 0
+    with pytest.warns(UserWarning, match="cannot be compiled"):
+        assert kv_codes.table(kv_codes.compare(lm, contexts=(8,))).rows == ()
+    cells = json.loads((Path(__file__).parent.parent / "notebooks" / "07_kv_cache.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in cells["cells"] if cell["cell_type"] == "code"]
+    assert sum('"layer":' in c for c in code) == 3 and not any(re.search(r'"layer": \d', c) for c in code)
 
 
 @pytest.mark.parametrize("family", ["OPT", "GPTNeoX", "GPT2"])

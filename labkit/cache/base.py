@@ -126,6 +126,7 @@ class CacheHook:
 
     def __init__(self):
         self.methods: tuple[CacheMethod, ...] = ()
+        self.found = None  # what they know of the model, labkit.cache.examine.Findings
 
     def __call__(self, model, args, kwargs):
         from labkit.cache.layer import KVCache
@@ -134,7 +135,9 @@ class CacheHook:
         if past is None and not (model.config.use_cache if use is None else use):
             return None
         if past is None or (not isinstance(past, KVCache) and past.get_seq_length() == 0):
-            past = KVCache(self.methods, model)
+            if len(self.found.layers) != model.config.num_hidden_layers:  # blocks were taken out since
+                self.examine(model, model, blocks(model))
+            past = KVCache(self.methods, model, self.found)
         elif getattr(past, "methods", None) != self.methods:
             named = " and ".join(type(m).__name__ for m in self.methods)
             raise ValueError(
@@ -147,6 +150,12 @@ class CacheHook:
         if positions is not None:
             kwargs["position_ids"] = positions
         return args, kwargs
+
+    def examine(self, model, decoder, stack) -> None:
+        """Find out what these methods must know of a model. Raises ValueError where they cannot work on it."""
+        from labkit.cache.examine import examine
+
+        self.found = examine(model, decoder, stack, self.methods)
 
 
 def hook_of(model) -> CacheHook | None:
@@ -162,7 +171,7 @@ def methods_of(model) -> tuple[CacheMethod, ...]:
 
 
 def install(model, method: CacheMethod) -> None:
-    """Put a transformers model under a cache method, beside those it already has."""
+    """Put a transformers model under a cache method, beside those it already has. Raises ValueError where it does not fit."""
     from labkit.cache import attend
 
     there = methods_of(model)
@@ -172,12 +181,14 @@ def install(model, method: CacheMethod) -> None:
             f"This model's cache is already under {same[0]!r}: {type(method).__name__} cannot come on top of it."
         )
     check_pair([*there, method])
+    stack = blocks(model)
+    decoder = next(m for m in model.modules() if any(child is stack for child in m.children()))
     if not there:
-        attend.take_over(model)
-        stack = blocks(model)
-        decoder = next(m for m in model.modules() if any(child is stack for child in m.children()))
+        attend.take_over(model, decoder)
         decoder.register_forward_pre_hook(CacheHook(), with_kwargs=True)
-    hook_of(model).methods = (*there, method)
+    hook = hook_of(model)
+    hook.methods = (*there, method)
+    hook.examine(model, decoder, stack)
 
 
 def check_pair(methods: list[CacheMethod]) -> None:

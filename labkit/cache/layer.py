@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from labkit.cache.attend import Step, visible
 from labkit.cache.base import CachePolicy
-from labkit.cache.rotary import cos_sin, frequencies, turn
+from labkit.cache.examine import PLAIN, Findings
+from labkit.cache.rotary import Turning, cos_sin, turn
 from labkit.cache.store import Plain, ranked, select, writable
 
 
 class KVCache(Cache):
     """The cache of one text (or one batch of texts) under cache methods. ``get_seq_length`` counts every token seen.
 
-    ``whole``: nothing has been evicted before this forward, so that positions and masks are as without a policy.
+    Layers of keys and values are a :class:`KVLayer`; what else a model keeps (the state of a recurrence or a convolution)
+    is left to transformers. ``whole``: nothing has been evicted before this forward, so that positions and masks are as
+    without a policy.
     """
 
-    def __init__(self, methods: tuple, model):
+    def __init__(self, methods: tuple, model, found: Findings = PLAIN):
         super().__init__(layers=[])
-        self.methods = methods
+        self.methods, self.found = methods, found
         self.policy = next((m for m in methods if isinstance(m, CachePolicy)), None)
         self.quantizer = next((m for m in methods if not isinstance(m, CachePolicy)), None)
-        self.depth = model.config.num_hidden_layers
-        self.turning = frequencies(model) if self.policy is not None and self.policy.rerotates else None
+        self.turning = found.turned(next(model.parameters()).device)  # empty: keys keep the places they were made for
+        self.depth = sum(_keeps_keys(state) for state in found.layers) or model.config.num_hidden_layers
+        self.layers = self._empty()
         self.whole = True
         self.lengths: torch.Tensor | None = None  # (batch,), tokens of each text so far, padding apart
         self.now: torch.Tensor | None = None  # (batch, new), the places of the new tokens in their text; -1: padding
         self.padded = False  # some of the new tokens are padding
         self.limit: int | torch.Tensor | None = None  # what budget() found after the prompt
-        self._gap: tuple[torch.Tensor, ...] | None = None
+        self.seen: list | None = None  # while a model is examined: the masks and queries of its attention
+        self.latest: KVLayer | None = None  # that was updated, while its attention is not computed
+        self._gap: tuple | None = None
+
+    def _empty(self) -> list:
+        """A layer of its kind for each block."""
+        layers, rank = [], 0
+        for index, state in enumerate(self.found.layers):
+            if not _keeps_keys(state):
+                layers.append(copy.deepcopy(state))
+                continue
+            layers.append(KVLayer(self, index, rank) if state is None else KVStateLayer(self, index, rank, state))
+            rank += 1
+        return layers
+
+    def attending(self) -> KVLayer | None:
+        """The layer that was handed keys and whose attention comes now; None: this one reads another layer's keys again."""
+        layer, self.latest = self.latest, None
+        return layer
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A forward with new tokens (batch, new, ...) begins. Gives their rotary positions where the model's own do not do."""
@@ -43,18 +67,27 @@ class KVCache(Cache):
         self.now = torch.where(real, self.lengths[:, None] + order, -1).int()
         self.lengths = self.lengths + order[:, -1] + 1
         self.padded = mask is not None and not bool(real.all())
-        self.whole = all(layer.whole for layer in self.layers)
-        if self.turning is None:
-            return None
-        return self.now.clamp(min=0)
+        self.whole = all(layer.whole for layer in self.layers if isinstance(layer, KVLayer))
+        return self.now.clamp(min=0) if self.turning else None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         while len(self.layers) <= layer_idx:
-            self.layers.append(KVLayer(self, len(self.layers)))
-        return self.layers[layer_idx].update(key_states, value_states)
+            self.layers.append(KVLayer(self, len(self.layers), len(self.layers)))
+        self.latest = self.layers[layer_idx]
+        return self.latest.update(key_states, value_states)
 
-    def gap(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(slots, cos, sin): the slots of tokens (batch, 1, tokens) that gaps lie behind, and the turn that closes these.
+    def closed(self, x: torch.Tensor, position: torch.Tensor, turning: Turning) -> torch.Tensor:
+        """Turned keys (batch, kv_heads, tokens, width) as if the tokens that are left, (batch, 1, tokens), were all."""
+        slots, by, turns = self.gap(position)
+        if id(turning) not in turns:
+            turns[id(turning)] = cos_sin(by, turning.angles)
+        closed = x.clone()
+        closed[:, :, slots] = turn(x[:, :, slots], turning, *turns[id(turning)])
+        return closed
+
+    def gap(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """(slots, by, turns): the slots of tokens (batch, 1, tokens) that gaps lie behind, how many places close these
+        gaps, (batch, 1, slots), and the turns that do so, as far as they are known.
 
         Only distances count in rotary attention: turning the few tokens before a gap is turning all the others back.
         Computed by the first layer of a forward, and the same in the others.
@@ -65,7 +98,7 @@ class KVCache(Cache):
             evicted = self.lengths[:, None, None] - (~empty).sum(-1, keepdim=True)
             by = (place - position + evicted).masked_fill(empty, 0)
             slots = by.any(1).any(0).nonzero()[:, 0]
-            self._gap = position, slots, *cos_sin(by[..., slots], self.turning)
+            self._gap = position, slots, by[..., slots], {}
         return self._gap[1:]
 
     def budget(self) -> int | torch.Tensor:
@@ -95,14 +128,14 @@ class KVCache(Cache):
         if isinstance(self.limit, torch.Tensor):
             self.limit = self.limit[indices]
         for layer in self.layers:
-            layer.batch(indices)
+            layer.batch(indices) if isinstance(layer, KVLayer) else layer.reorder_cache(indices)
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
         self.lengths = self.lengths - abs(tokens_to_remove)
 
     def reset(self):
-        self.layers, self.lengths, self.limit = [], None, None
+        self.layers, self.lengths, self.limit = self._empty(), None, None
 
 
 class KVLayer(CacheLayerMixin):
@@ -111,8 +144,10 @@ class KVLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, cache: KVCache, index: int):
-        self.cache, self.index = cache, index
+    def __init__(self, cache: KVCache, index: int, rank: int):
+        self.cache, self.index, self.rank = cache, index, rank  # rank: among the layers that have keys
+        self.window = cache.found.windows[index] if cache.found.windows else None  # where the attention does not say
+        self.turning = cache.turning[index] if cache.turning else (None, None)  # of keys, of values
         make = cache.quantizer.stores if cache.quantizer is not None else lambda: (Plain(), Plain())
         self.k, self.v = make()
         self.position: torch.Tensor | None = None  # int32 (batch, kv_heads, tokens), -1: empty; only under a policy
@@ -154,16 +189,13 @@ class KVLayer(CacheLayerMixin):
         if cache.policy is not None:
             self.position = _longer(self.position, cache.now, heads)
             self.full = self.full and not cache.padded
-        return self._turn(self.k.read()), self.v.read()
+        return self._closed(self.k.read(), self.turning[0]), self._closed(self.v.read(), self.turning[1])
 
-    def _turn(self, keys: torch.Tensor) -> torch.Tensor:
+    def _closed(self, x: torch.Tensor, turning: Turning | None) -> torch.Tensor:
         """Keys as if the tokens that are left were the whole text: those before a gap are turned on, until it is closed."""
-        if self.whole or self.cache.turning is None:
-            return keys
-        slots, cos, sin = self.cache.gap(self.position[:, :1])  # such a policy keeps the same tokens in all heads
-        closed = keys.clone()
-        closed[:, :, slots] = turn(keys[:, :, slots], cos, sin)
-        return closed
+        if self.whole or turning is None:
+            return x
+        return self.cache.closed(x, self.position[:, :1], turning)  # such a policy keeps the same tokens in all heads
 
     def mask(self, query: torch.Size, window: int | None) -> torch.Tensor | None:
         """bool (batch, heads, new, tokens) for queries of that shape, or None: everything is seen."""
@@ -173,13 +205,13 @@ class KVLayer(CacheLayerMixin):
         see = visible(self.position, self.cache.now, window) | padding
         return see.repeat_interleave(query[1] // see.shape[1], 1)
 
-    def attended(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, window: int | None) -> None:
-        """The attention is computed: the policy evicts, then what is left is put away."""
+    def attended(self, query, keys, scaling: float, window: int | None, softcap=None, sinks=None) -> None:
+        """The attention is computed: the policy evicts, then what is left is put away. For the arguments see :class:`Step`."""
         self.waiting = False
         cache, policy, prefill = self.cache, self.cache.policy, self.seen == query.shape[2]
         if policy is not None and (policy.at_prefill if prefill else policy.at_decode):
             known = (query, keys, self.position, cache.now, cache.lengths, scaling, window, self.full)
-            step = Step(*known, cache.budget(), self.memory, self.index, cache.depth)
+            step = Step(*known, cache.budget(), self.memory, self.rank, cache.depth, softcap, sinks)
             scores = policy.scores(step)
             self.memory = step.memory
             if window is not None and self.seen >= window:  # the next query sees no further back
@@ -280,6 +312,29 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states, value_states) -> None:
         """Nothing to prepare: the first update brings shapes and device."""
+
+
+class KVStateLayer(LinearAttentionLayer, KVLayer):
+    """A layer that has keys and values and the state of a recurrence beside them, which no method touches."""
+
+    is_compileable = False
+
+    def __init__(self, cache: KVCache, index: int, rank: int, state: LinearAttentionLayer):
+        KVLayer.__init__(self, cache, index, rank)
+        LinearAttentionLayer.__init__(self, state.number_of_states)
+
+    def batch(self, index: torch.Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, index)
+        KVLayer.batch(self, index)
+
+    def held(self) -> list[torch.Tensor]:
+        states = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [*KVLayer.held(self), *(t for t in states if t is not None)]
+
+
+def _keeps_keys(state) -> bool:
+    """Whether a layer whose state transformers keeps in this, or in keys and values alone (None), has keys."""
+    return state is None or isinstance(state, CacheLayerMixin)
 
 
 def _longer(old: torch.Tensor | None, new: torch.Tensor, heads: int) -> torch.Tensor:

@@ -16,8 +16,9 @@ class StreamingLLM(CachePolicy):
     """Keep the first tokens (attention sinks) and the newest; positions count places in the shortened cache.
 
     So no query is ever further from a key than the budget, however long the text. Rotary attention reads nothing but
-    distances: instead of turning all newer keys back at each step, the sinks are turned on. Where positions are not rotary
-    (OPT, GPT-2), what is cached cannot be turned, and true positions stay.
+    distances: instead of turning all newer keys back at each step, the sinks are turned on. How a model turns its keys is
+    read from its keys when the method is applied (:mod:`labkit.cache.examine`); a turn that cannot be carried on is a
+    ValueError then. Where positions are learned (OPT, GPT-2), what is cached cannot be turned, and true positions stay.
     """
 
     paper: ClassVar[str] = (

@@ -19,6 +19,7 @@ import torch
 
 from labkit.cache import H2O, CachePolicy, RandomKV, RecentKV, Scissorhands, SnapKV, StreamingLLM, install
 from labkit.cache.base import MOST
+from labkit.cache.layer import KVLayer
 from labkit.measure import needles
 from labkit.progress import track
 from labkit.ui import heat, need, theme
@@ -160,9 +161,9 @@ def _read(lm, policy: CachePolicy, ids: torch.Tensor):
 
 
 def kept_of(cache, tokens: int) -> torch.Tensor:
-    """Which of a text's first ``tokens`` tokens a cache holds, bool (layers, kv_heads, tokens)."""
+    """Which of a text's first ``tokens`` tokens a cache holds, bool (layers that have keys, kv_heads, tokens)."""
     kept = []
-    for layer in cache.layers:
+    for layer in (x for x in cache.layers if isinstance(x, KVLayer)):
         place = layer.position[0].long()
         there = torch.zeros(len(place), tokens + 1, dtype=torch.bool, device=place.device)
         kept.append(there.scatter(1, place.where(place >= 0, torch.tensor(tokens)), True)[:, :tokens])

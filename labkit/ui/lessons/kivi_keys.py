@@ -30,13 +30,13 @@ SETTINGS: Mapping[str, KIVI] = {
 
 
 class Cached:
-    """Keys and values after the prompt ids (1, tokens), (layers, kv_heads, tokens, head_dim), fp32."""
+    """Keys and values after the prompt ids (1, tokens), (layers that have them, kv_heads, tokens, head_dim), fp32."""
 
     def __init__(self, lm, ids: torch.Tensor):
         with torch.inference_mode():
             cache = lm.model(ids.to(lm.device), use_cache=True, logits_to_keep=1).past_key_values
         self.keys, self.values = (
-            torch.stack([getattr(x, n)[0].float() for x in cache.layers]) for n in ("keys", "values")
+            torch.stack([getattr(x, n)[0].float() for x in cache.layers if hasattr(x, n)]) for n in ("keys", "values")
         )
 
     def settings(self) -> dict:

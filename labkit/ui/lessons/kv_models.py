@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from labkit.cache.sharing import MultiHeadLatentAttention, catalogue, kv_bytes
+from labkit.cache.sharing import FewerKVHeads, MultiHeadLatentAttention, catalogue, kv_bytes
+from labkit.measure import divergence
 from labkit.ui import need, plots, words
 from labkit.ui.table import Table
 
@@ -77,6 +78,15 @@ def table(tokens: int = 8192) -> Table:
         )
     head = ("model", "sharing", "KB a token", "if no head shared", "cache / weights", "outweighs from, tokens")
     return Table(head, tuple(rows), f"bf16 cache of one text of {tokens:,} tokens and bf16 weights (modelled)")
+
+
+def merged(lm, windows: torch.Tensor, method: FewerKVHeads):
+    """The divergence of ``lm`` with fewer KV heads, on windows (windows, length); of a model without such heads, why not."""
+    try:
+        small = method(lm, progress=False)
+    except ValueError as error:
+        return str(error)
+    return divergence(small, lm, windows)
 
 
 @torch.no_grad()
