@@ -1,6 +1,7 @@
 """What labkit does with one family: each check compares with an oracle that does not use what is checked.
 
-A cell of the table is YES, or the sentence with which labkit refuses. Everything else is a fault.
+A cell of the table is YES (for the share of the weights that is reached), or the sentence with which labkit refuses.
+Everything else is a fault.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 import labkit
+from labkit.coverage import ENOUGH, percent
 from labkit.linear import exact
 from zoo.families import ids, make
 
@@ -45,7 +47,7 @@ def lossless(cls, lm):
     """At the end of its knobs where it changes next to nothing."""
     if cls is labkit.FewerKVHeads:  # that is as many as there are
         config = lm.model.config
-        return cls(kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        return cls(kv_heads=getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1))
     return cls(**cls.lossless)
 
 
@@ -74,7 +76,7 @@ def weights(family: str, cls) -> str:
     assert kl(logits(low, x), logits(made, x)) <= 0.05 * ruined + rounded(cls) + 4 * rounding, (
         "in bf16 it changes the model"
     )
-    return YES
+    return YES if made.coverage.share >= ENOUGH else f"{YES}, of {percent(made.coverage.share)} of the weights"
 
 
 def same_after_save(made, x: torch.Tensor, expected: torch.Tensor) -> None:
@@ -182,6 +184,7 @@ def masked(tight, lm, x: torch.Tensor) -> float:
     last[:, :, : max(0, tokens - window(lm.model.config))] = False
     seen[:, :, -1] = last[:, :, :tokens]
     said = tight.model(x[:, -1:], past_key_values=kept, use_cache=True).logits[:, -1]
+    seen = torch.where(seen, 0.0, torch.finfo(torch.float32).min)  # added to the scores
     return kl(logits(lm, x, attention_mask=seen, position_ids=torch.arange(tokens)[None])[:, -1], said)
 
 

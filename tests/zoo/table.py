@@ -19,7 +19,8 @@ HEAD = """# Families of models
 
 What labkit does with decoders of each family, found out on a tiny random model of it: `make zoo` runs every technique and
 writes this page, and the tests hold a part of its rows at every run. "yes" for weights: lossless at that end of the knobs in
-fp32 and bf16, the same after a save and a load, right for padded batches and when generating. "yes" for the cache: as
+fp32 and bf16, the same after a save and a load, right for padded batches and when generating; of a mixture's experts, which
+are no linears in transformers 5, methods say that they leave them. "yes" for the cache: as
 without it at the lossless end, and under a budget the model attends to what is kept. "yes" for the engine: the graph's
 logits and tokens are those of the model. Elsewhere the method refuses, in the words of the notes below the table.
 
@@ -28,29 +29,27 @@ logits and tokens are those of the model. Elsewhere the method refuses, in the w
 """
 
 
-def summary(row: dict[str, str], names) -> dict[str, tuple[str, ...]]:
-    """answer -> the techniques that give it."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(plain(row[name]), []).append(name)
-    return {answer: tuple(same) for answer, same in found.items()}
-
-
 def plain(answer: str) -> str:
-    """A refusal without what differs between techniques and runs: the setting it names."""
-    return re.sub(rf"^({'|'.join(cells.WEIGHTS | cells.CACHE)})(\([^)]*\))?", "It", answer)
+    """A refusal without what differs between techniques and families: the setting and the class that it names."""
+    answer = re.sub(rf"^({'|'.join(cells.WEIGHTS | cells.CACHE)})(\([^)]*\))?", "It", answer)
+    return re.sub(r"\b\w+(ForCausalLM|LMHeadModel|Model)\b", "the model", answer)
 
 
 def line(family: str, row: dict[str, str], notes: list[str]) -> str:
-    """A row of the table; refusals become numbers of notes."""
+    """A row of the table; refusals become numbers of notes, and of several techniques only those that stand apart are named."""
 
     def cell(names) -> str:
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(plain(row[name]), []).append(name)
         parts = []
-        for answer, same in summary(row, names).items():
-            if answer != cells.YES and answer not in notes:
-                notes.append(answer)
-            said = cells.YES if answer == cells.YES else f"no [{notes.index(answer) + 1}]"
-            parts.append(said if len(same) == len(names) else f"{said}: {', '.join(same)}")
+        for answer in sorted(found, key=lambda a: -len(found[a])):
+            said = answer
+            if not answer.startswith(cells.YES):
+                if answer not in notes:
+                    notes.append(answer)
+                said = f"no [{notes.index(answer) + 1}]"
+            parts.append(f"{', '.join(found[answer])}: {said}" if parts else said)
         return "; ".join(parts)
 
     columns = (list(cells.WEIGHTS), list(cells.CACHE), ["engine"], ["export"])
