@@ -46,6 +46,7 @@ def test_a_row_is_summed_up(fault):
     assert line.endswith(f"| yes; H2O, SnapKV: no [{number}] | yes | yes |") and ("AWQ" in line) == bool(fault)
 
 
+@pytest.mark.filterwarnings("ignore:After RTN")
 def test_a_silent_fault_shows(monkeypatch):
     """The checks themselves: a method that spoils a row, or a cache that forgets, is found out."""
     import torch

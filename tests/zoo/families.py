@@ -148,8 +148,11 @@ def make(family: str, layers: int | None = None, sharp: float = 5.0) -> Language
     if layers:
         counted = next(n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in spec)
         spec[counted] = layers
-        if "layer_types" in spec:
-            spec["layer_types"] = spec["layer_types"][-layers:]
+        spec |= {name: spec[name][-layers:] for name in ("layer_types", "activation_sparsity_pattern") if name in spec}
+        if "attention_types" in spec:
+            spec["attention_types"] = [[["global"], layers]]
+        if "attn_layer_indices" in spec:  # in a hybrid stack: the layer that is left is one with attention
+            spec["attn_layer_indices"] = [0]
     config = getattr(transformers, f"{family.split()[0]}Config")(**spec)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

@@ -32,7 +32,8 @@ logits and tokens are those of the model. Elsewhere the method refuses, in the w
 def plain(answer: str) -> str:
     """A refusal without what differs between techniques and families: the setting and the class that it names."""
     answer = re.sub(rf"^({'|'.join(cells.WEIGHTS | cells.CACHE)})(\([^)]*\))?", "It", answer)
-    return re.sub(r"\b\w+(ForCausalLM|LMHeadModel|Model)\b", "the model", answer)
+    answer = re.sub(r"\b\w+(ForCausalLM|LMHeadModel|Model)\b", "the model", answer)
+    return answer if answer.startswith(cells.YES) else answer[:1].upper() + answer[1:]
 
 
 def line(family: str, row: dict[str, str], notes: list[str]) -> str:
