@@ -14,18 +14,26 @@ import torch
 def twin(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of its own with the same values, a Parameter for a Parameter. Whichever is written to first, whatever writes,
     moves to memory of its own then; until that both are read from the same."""
+    take_over(tensor)
     plain = tensor.detach()
-    try:
-        new = torch._lazy_clone(plain)
-    except RuntimeError:  # memory that is not torch's own, as the file's that safetensors has mapped: it moves once
-        if tensor.is_inference():
-            new = plain.clone()
-        else:
-            tensor.data = plain.clone()
-            new = torch._lazy_clone(tensor.detach())
-    except AttributeError:
-        new = plain.clone()
+    new = _lazy(plain)
+    new = plain.clone() if new is None else new
     return torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+
+
+def take_over(tensor: torch.Tensor) -> None:
+    """Move a tensor that lies in memory which is not torch's own, as that of a file which safetensors has mapped: only what
+    is torch's can be shared and parted later."""
+    if not tensor.is_inference() and _lazy(tensor.detach()) is None:
+        tensor.data = tensor.detach().clone()
+
+
+def _lazy(plain: torch.Tensor) -> torch.Tensor | None:
+    """A tensor that shares the memory until a write; None where there can be none."""
+    try:
+        return torch._lazy_clone(plain)
+    except (RuntimeError, AttributeError):
+        return None
 
 
 def storage_address(tensor: torch.Tensor) -> int:

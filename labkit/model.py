@@ -14,7 +14,7 @@ import torch
 
 from labkit import bos, cache, embedded, identity
 from labkit._files import whole_folder
-from labkit._share import address, twin
+from labkit._share import address, take_over, twin
 from labkit.coverage import Coverage, percent
 from labkit.generation import Settings
 from labkit.method import brief, methods
@@ -132,6 +132,8 @@ def load(name: str | os.PathLike | None = None, device=None, dtype=None) -> Lang
     else:
         lm = _from_pretrained(str(name), dtype)
     lm.model.to(device).eval().requires_grad_(False)
+    for tensor in _tensors(lm.model):  # while hardly a page of the file has been read
+        take_over(tensor)
     return lm
 
 

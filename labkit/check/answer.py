@@ -103,20 +103,22 @@ def exercise(kind: Kind):
     """Make an exercise of a function of a clean answer; no answer, or one of another kind, is told what is wanted."""
 
     def wrap(check: Callable[..., Note]):
-        takes = len(inspect.signature(check).parameters)
+        parameters = list(inspect.signature(check).parameters.values())
+        # What an exercise takes besides the answer is a model or a measurement, unless it says that it is a number; that
+        # is one of bytes, and larger than what stands behind a comma.
+        number_next = len(parameters) > 1 and str(parameters[1].annotation).startswith(("int", "float"))
 
         @functools.wraps(check)
         def run(answer=None, *args, **kwargs) -> Note:
             if answer is None or answer is ...:
                 return Note(False, f"Put {kind.wanted}, in place of the dots.", "No answer yet.")
-            if args and (_is_answer(args[0], kind) or 1 + len(args) > takes):
-                given = (
-                    answer,
-                    *args,
-                )  # 4,5 is two answers; what an exercise takes besides is a model or a measurement
-                return hint(
-                    f"{_shown(given)} are {len(given)} answers, and one is asked for: {kind.wanted}. {kind.several}"
-                )
+            second = bool(args) and _is_answer(args[0], kind)
+            if second and number_next and isinstance(args[0], numbers.Real):
+                second = args[0] < 1000
+            if second or 1 + len(args) > len(parameters):
+                given = (answer, *args)
+                said = f"{_shown(given)} are {len(given)} answers, and one is asked for: {kind.wanted}. {kind.several}"
+                return hint(said)
             try:
                 clean = kind.read(answer)
             except (ValueError, TypeError):

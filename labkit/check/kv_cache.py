@@ -41,7 +41,7 @@ def kv_bytes_per_token(answer, lm=None) -> Note:
 
 
 @exercise(number("tokens"))
-def outweighs(answer, weights=None, lm=None) -> Note:
+def outweighs(answer, weights: float | None = None, lm=None) -> Note:
     """From how many tokens on does the full cache of one text hold more bytes than the 4-bit weights?"""
     lm = _model(lm)
     if weights is None:
