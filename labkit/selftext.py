@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import bos, paths
+from labkit import bos, paths, positions
 from labkit._files import whole_file
 from labkit.progress import track
 
@@ -84,7 +84,10 @@ def write(lm, windows: int, length: int, batch: int = 32, seed: int = 0, progres
     for group in torch.tensor(starts, device=lm.device).split(batch):
         ids, cache = group, None
         for _ in track(range(length - ids.shape[1]), "the model writes its calibration text", progress):
-            out = lm.model(ids[:, -1:] if cache is not None else ids, past_key_values=cache, use_cache=True)
+            new, here = (
+                (ids, {}) if cache is None else (ids[:, -1:], positions.after(lm.model, ids.shape[1] - 1, 1, len(ids)))
+            )
+            out = lm.model(new, past_key_values=cache, use_cache=True, **here)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
             if logits.isnan().any():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from labkit import positions
 from labkit.generation import Greedy, Settings
 
 
@@ -76,9 +77,9 @@ def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator
     if ids.shape[1] == 0:
         raise ValueError("The prompt is empty: at least one token is needed to continue.")
     greedy = Greedy(settings, ids, max_new_tokens, lm.tokenizer)
-    read, how = ids, {"use_cache": True, "logits_to_keep": 1}
-    for _ in range(max_new_tokens):
-        out = lm.model(read, **how)
+    read, how, here = ids, {"use_cache": True, "logits_to_keep": 1}, {}
+    for count in range(max_new_tokens):
+        out = lm.model(read, **how, **here)
         token = greedy(out.logits[:, -1])
         yield token
         if greedy.over:
@@ -86,6 +87,7 @@ def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator
         read = ids.new_tensor([[token]])
         if state := next((name for name in STATES if getattr(out, name, None) is not None), None):
             how[state] = out[state]
+            here = positions.after(lm.model, ids.shape[1] + count, 1)
         else:  # it keeps its state out of sight (RecurrentGemma), so it reads the whole text again
             read = ids = torch.cat([ids, read], 1)
             how["use_cache"] = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from labkit import positions
 from labkit.method import brief, check_model
 
 
@@ -26,6 +27,8 @@ def read(lm, ids: torch.Tensor, prompt: int, step: int = 1) -> torch.Tensor:
     logits[:, :prompt] = out.logits
     for start in range(prompt, tokens, step):
         part = slice(start, start + step)
-        out = lm.model(ids[:, part].to(lm.device), past_key_values=out.past_key_values, use_cache=True)
+        piece = ids[:, part].to(lm.device)
+        here = positions.after(lm.model, start, piece.shape[1], len(piece))
+        out = lm.model(piece, past_key_values=out.past_key_values, use_cache=True, **here)
         logits[:, part] = out.logits
     return logits

@@ -16,6 +16,7 @@ import torch
 import labkit
 from labkit.coverage import ENOUGH, percent
 from labkit.linear import exact
+from labkit.talk import Talk
 from zoo.families import ids, make
 
 YES, WRONG = "yes", "wrong:"
@@ -125,6 +126,8 @@ def same_generated(made, prompt: torch.Tensor, tokens: int = 6) -> None:
             said = made.model(found[:, :at]).logits[0, -1].float()
             told = said[found[0, at]]
             assert told >= said.max() - 1e-3 * said.std(), "it generates other tokens than its forward says"
+    words = " ".join(f"w{i}" for i in prompt[0].tolist())
+    assert "".join(Talk(made, words, tokens)) == made.generate(words, tokens), "Talk and generate write other tokens"
 
 
 # ------------------------------------------------------------------------------------------------ the KV cache
