@@ -10,6 +10,7 @@ import torch
 
 from labkit import positions
 from labkit.generation import Greedy, Settings
+from labkit.measure.memory import cache_of
 
 
 class Talk:
@@ -68,9 +69,6 @@ def fastest(lm, kv_bits: int | None = None):
     return compiled(lm, kv_bits)[0] or lm
 
 
-STATES = ("past_key_values", "cache_params")  # what transformers calls that which a model keeps of the text it has read
-
-
 @torch.inference_mode()
 def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator[int]:
     ids = lm.encode(prompt)
@@ -85,8 +83,8 @@ def _eager(lm, prompt: str, max_new_tokens: int, settings: Settings) -> Iterator
         if greedy.over:
             return
         read = ids.new_tensor([[token]])
-        if state := next((name for name in STATES if getattr(out, name, None) is not None), None):
-            how[state] = out[state]
+        if kept := cache_of(out):
+            how |= kept
             here = positions.after(lm.model, ids.shape[1] + count, 1)
         else:  # it keeps its state out of sight (RecurrentGemma), so it reads the whole text again
             read = ids = torch.cat([ids, read], 1)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from labkit import text
+from labkit import positions, text
 from labkit.linear import exact
 from labkit.method import brief
 from labkit.progress import track
@@ -47,7 +47,8 @@ def token_losses(
     starts = [0, *range(prompt, tokens - 1, chunk)]  # the last token predicts nothing that is scored
     losses, cache = [], None
     for start, end in track(list(zip(starts, [*starts[1:], tokens - 1])), "reading", progress):
-        out = lm.model(ids[:, start:end].to(lm.device), past_key_values=cache, use_cache=True)
+        here = positions.after(lm.model, start, end - start)
+        out = lm.model(ids[:, start:end].to(lm.device), past_key_values=cache, use_cache=True, **here)
         cache = out.past_key_values
         for logits, wanted in zip(out.logits[0].split(ROWS), ids[0, start + 1 : end + 1].split(ROWS)):
             scores = logits.float().log_softmax(-1)
