@@ -133,6 +133,14 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return (lines[0] if len(lines[0]) <= 240 else f"{lines[0][:239]}…").rstrip(".: ")
+
+
 def check_model(lm, part: str = "history") -> None:
     """Raise a ValueError for anything but a LanguageModel; the transformers model inside one is easily mistaken for it."""
     if not hasattr(lm, part):

@@ -17,7 +17,7 @@ from labkit._files import whole_folder
 from labkit._share import address, take_over, twin
 from labkit.coverage import Coverage, percent
 from labkit.generation import Settings
-from labkit.method import brief, methods
+from labkit.method import brief, methods, reason_of
 
 GENERATION = "generation_config.json"  # transformers' name for it: ends, penalties
 MANIFEST = "labkit.json"  # beside the safetensors of a saved model: packed layers, shared tensors, what was done to it
@@ -143,7 +143,7 @@ def _device(device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"device = {brief(device)} cannot be used here ({_reason(error)}): try 'cpu'.") from error
+        raise ValueError(f"device = {brief(device)} cannot be used here ({reason_of(error)}): try 'cpu'.") from error
     return found
 
 
@@ -161,14 +161,6 @@ def _is_dir(name: str | os.PathLike) -> bool:
         return False
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return (lines[0] if len(lines[0]) <= 240 else f"{lines[0][:239]}…").rstrip(".: ")
-
-
 def _load_embedded(dtype) -> LanguageModel:
     folder = embedded.folder()
     try:
@@ -177,7 +169,7 @@ def _load_embedded(dtype) -> LanguageModel:
         if embedded.intact():  # a load can fail for many reasons; only changed bytes say that the model is damaged
             raise RuntimeError(
                 f"The embedded model cannot be loaded, although its files in {folder} are intact: "
-                f"{_reason(error.__cause__ or error)}. `labkit doctor` looks at the rest."
+                f"{reason_of(error.__cause__ or error)}. `labkit doctor` looks at the rest."
             ) from error
         if kept := embedded.mend():
             print(f"The cached model in {folder} is damaged; it is kept as {kept.name}, and made again.", flush=True)
@@ -203,7 +195,7 @@ def _from_pretrained(name: str, dtype) -> LanguageModel:
     except Exception as error:
         if "can't allocate memory" in str(error):  # torch's own CPU allocator says it in a RuntimeError
             raise
-        reason, shown = _reason(error), brief(name)
+        reason, shown = reason_of(error), brief(name)
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which labkit never runs"
         where = f"The folder {shown} holds no model that can be read" if local else f"There is no model {shown} here"
@@ -251,9 +243,9 @@ def _load_saved(folder: Path) -> LanguageModel:
         coverage = Coverage(**manifest.get("coverage", {}))
         return LanguageModel(model, tokenizer, str(manifest["name"]), tuple(manifest["history"]), coverage)
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {_reason(error)}.") from error
+        raise ValueError(f"The folder {str(folder)!r} holds no complete labkit model: {reason_of(error)}.") from error
     except Exception as error:  # safetensors has an error class of its own
-        raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {_reason(error)}.") from error
+        raise ValueError(f"The folder {str(folder)!r} holds a damaged model: {reason_of(error)}.") from error
 
 
 def _causal_class(name: str) -> type:

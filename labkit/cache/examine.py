@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from labkit.cache.base import MOST, CacheMethod, CachePolicy
 from labkit.cache.rotary import CLOSE, Turning, fit, frequencies, misfit
 from labkit.linear import STORED, exact
+from labkit.method import reason_of
 
 PROMPT = 6  # tokens of the text that is read, whose last one comes through the cache
 PLACES = (0, 1, 2, 3, 5, 11, 47, 180, 700, 2500)  # where one token is put to see how it is turned
@@ -114,7 +115,9 @@ def _kinds(decoder, evicts: bool) -> tuple[tuple[object | None, ...], tuple[int 
     try:
         layers = DynamicCache(config=config).layers
     except Exception as error:  # a configuration for which transformers makes no such cache
-        raise ValueError(f"transformers makes no cache of keys and values for it ({_reason(error)})") from error
+        raise ValueError(
+            f"transformers makes no cache of keys and values for it ({type(error).__name__}: {reason_of(error)})"
+        ) from error
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     for layer in layers:
         if isinstance(layer, CacheLayerMixin) and type(layer) not in plain and not hasattr(layer, "conv_states"):
@@ -153,7 +156,9 @@ def _states(decoder, ids: torch.Tensor, cache, **more) -> torch.Tensor:
     except torch.OutOfMemoryError:  # of this machine, at this time
         raise
     except Exception as error:  # whatever its code raises
-        raise ValueError(f"it does not run with a cache that can be replaced ({_reason(error)})") from error
+        raise ValueError(
+            f"it does not run with a cache that can be replaced ({type(error).__name__}: {reason_of(error)})"
+        ) from error
 
 
 def _turning(decoder, stack, found: Findings) -> tuple[tuple[Turning | None, Turning | None], ...]:
@@ -185,7 +190,3 @@ def _turning(decoder, stack, found: Findings) -> tuple[tuple[Turning | None, Tur
         except ValueError as error:
             raise ValueError(f"the keys of block {index} cannot be moved to new positions: {error}") from error
     return tuple(turning) if known else ()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__

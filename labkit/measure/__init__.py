@@ -17,7 +17,7 @@ from labkit.measure.latency import latency as _latency
 from labkit.measure.measurement import Latency, Measurement, Memory, Quality
 from labkit.measure.quality import Divergence, divergence, perplexity, quality
 from labkit.measure.reading import Reading
-from labkit.method import brief, check_model
+from labkit.method import brief, check_model, reason_of
 
 __all__ = [
     "Divergence",
@@ -118,8 +118,8 @@ def _or_a_note(notes: list[str], what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a family's own code makes of a call that others take
-        reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        notes.append(f"{what} left out: this model cannot be measured so ({type(error).__name__}: {brief(reason)}).")
+        why = f"{type(error).__name__}: {brief(reason_of(error))}"
+        notes.append(f"{what} left out: this model cannot be measured so ({why}).")
 
 
 def _on_times(eager: Latency | None, as_graph: Latency | None, graph) -> Iterator[str]:

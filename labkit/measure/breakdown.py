@@ -27,6 +27,7 @@ from labkit import formats, heap
 from labkit.linear import PackedLinear
 from labkit.measure import memory, timing
 from labkit.measure.latency import decode_run, engine_decode_run
+from labkit.method import reason_of
 from labkit.model import LanguageModel
 from labkit.progress import track
 from labkit.walk import blocks, linears, weight_of
@@ -182,9 +183,8 @@ def hollow(lm) -> LanguageModel:
             with torch.inference_mode():
                 model(torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
         except Exception as error:  # whatever a family's constructor and forward make of such sizes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{type(lm.model).__name__} cannot be made small ({reason}): its steps cannot be taken apart."
+                f"{type(lm.model).__name__} cannot be made small ({reason_of(error)}): its steps cannot be taken apart."
             ) from error
     twin = LanguageModel(model, lm.tokenizer, f"{lm.name}, hollow", lm.history)
     for block, empty in zip(blocks(lm.model), blocks(model), strict=True):
